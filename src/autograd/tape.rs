@@ -1,0 +1,261 @@
+//! The tape: nodes in the order they ran, and the walk back over them.
+
+use super::{Var, VarId};
+use crate::tensor::Tensor;
+use crate::{Error, Result};
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+
+/// Sums a gradient into another of the same shape: the one piece of arithmetic that the walk needs, given by `ops`.
+pub type SumInto = fn(&mut Tensor, &Tensor) -> Result<()>;
+type Backward = Box<dyn FnOnce(&mut Flow) -> Result<()> + Send>;
+
+struct Node {
+    op: &'static str,
+    inputs: Vec<Option<VarId>>,
+    outputs: Vec<VarId>,
+    backward: Backward,
+}
+
+thread_local! {
+    /// Tapes under way on this thread, innermost last; `None` where `no_grad` suspends recording.
+    static CURRENT: RefCell<Vec<Option<Vec<Node>>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Pops the innermost entry however the scope ends, so that an error or a panic inside leaves no tape behind.
+struct Scope;
+impl Scope {
+    fn enter(nodes: Option<Vec<Node>>) -> Self {
+        CURRENT.with_borrow_mut(|c| c.push(nodes));
+        Self
+    }
+    fn leave(self) -> Option<Vec<Node>> {
+        let nodes = CURRENT.with_borrow_mut(|c| c.pop().flatten());
+        std::mem::forget(self);
+        nodes
+    }
+}
+impl Drop for Scope {
+    fn drop(&mut self) {
+        CURRENT.with_borrow_mut(|c| c.pop());
+    }
+}
+
+/// True inside [`Tape::record`] and not inside [`no_grad`].
+pub fn is_recording() -> bool {
+    CURRENT.with_borrow(|c| matches!(c.last(), Some(Some(_))))
+}
+
+/// Run `f` without recording: nothing is saved and no gradient flows.
+pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
+    let scope = Scope::enter(None);
+    let r = f();
+    scope.leave();
+    r
+}
+
+/// Called by every op: wrap outputs and, if a tape records and any input has a gradient, put `backward` on the tape.
+/// `backward` takes the gradients of the outputs from its [`Flow`] and gives those of the inputs.
+pub fn record(
+    op: &'static str,
+    inputs: &[&Var],
+    outputs: Vec<Tensor>,
+    backward: impl FnOnce(&mut Flow) -> Result<()> + Send + 'static,
+) -> Vec<Var> {
+    if !is_recording() || inputs.iter().all(|v| v.id.is_none()) {
+        return outputs.into_iter().map(Var::constant).collect();
+    }
+    record_always(op, inputs, outputs, backward)
+}
+
+pub(super) fn record_always(
+    op: &'static str,
+    inputs: &[&Var],
+    outputs: Vec<Tensor>,
+    backward: impl FnOnce(&mut Flow) -> Result<()> + Send + 'static,
+) -> Vec<Var> {
+    let outputs: Vec<Var> = outputs.into_iter().map(Var::parameter).collect();
+    let node = Node {
+        op,
+        inputs: inputs.iter().map(|v| v.id).collect(),
+        outputs: outputs.iter().filter_map(|v| v.id).collect(),
+        backward: Box::new(backward),
+    };
+    CURRENT.with_borrow_mut(|c| {
+        if let Some(Some(nodes)) = c.last_mut() {
+            nodes.push(node);
+        }
+    });
+    outputs
+}
+
+/// [`record`] for an op with one output.
+pub fn record_one(
+    op: &'static str,
+    inputs: &[&Var],
+    output: Tensor,
+    backward: impl FnOnce(&mut Flow) -> Result<()> + Send + 'static,
+) -> Var {
+    match record(op, inputs, vec![output], backward).pop() {
+        Some(v) => v,
+        None => unreachable!("record returns as many values as it is given"),
+    }
+}
+
+/// Gradients by value, kept across micro-batches.
+#[derive(Default)]
+pub struct Gradients {
+    pub(super) of: HashMap<VarId, Tensor>,
+}
+
+impl Gradients {
+    /// The gradient of a leaf, in its shape; `None` if none has flowed to it.
+    pub fn get(&self, v: &Var) -> Option<&Tensor> {
+        self.of.get(&v.id?)
+    }
+    pub fn get_mut(&mut self, v: &Var) -> Option<&mut Tensor> {
+        self.of.get_mut(&v.id?)
+    }
+    pub fn take(&mut self, v: &Var) -> Option<Tensor> {
+        self.of.remove(&v.id?)
+    }
+    /// The values among `vars` that no gradient has flowed to.
+    pub fn missing<'a>(&self, vars: impl IntoIterator<Item = &'a Var>) -> Vec<&'a Var> {
+        vars.into_iter().filter(|v| self.get(v).is_none()).collect()
+    }
+    pub fn clear(&mut self) {
+        self.of.clear();
+    }
+    pub fn len(&self) -> usize {
+        self.of.len()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.of.is_empty()
+    }
+}
+
+/// What a node's backward sees: gradients of its outputs to take, gradients of its inputs to give.
+pub struct Flow<'a> {
+    op: &'static str,
+    inputs: &'a [Option<VarId>],
+    output_grads: Vec<Option<Tensor>>,
+    grads: &'a mut Gradients,
+    sum: SumInto,
+}
+
+impl Flow<'_> {
+    /// Take the gradient of the only output (an error in an op with several).
+    pub fn output(&mut self) -> Result<Tensor> {
+        let op = self.op;
+        self.output_at(0).ok_or_else(|| Error::gradient(op, "gradient of the output is missing"))
+    }
+    /// Take the gradient of output `i`; `None` if nothing depends on it.
+    pub fn output_at(&mut self, i: usize) -> Option<Tensor> {
+        self.output_grads.get_mut(i)?.take()
+    }
+    /// True when input `i` has a gradient; computing it otherwise is wasted.
+    pub fn wants(&self, i: usize) -> bool {
+        self.inputs.get(i).is_some_and(Option::is_some)
+    }
+    /// Add `grad` to the gradient of input `i`: moved there if it is the first, summed in place if not.
+    pub fn give(&mut self, i: usize, grad: Tensor) -> Result<()> {
+        let Some(Some(id)) = self.inputs.get(i) else { return Ok(()) };
+        match self.grads.of.get_mut(id) {
+            Some(sum) => (self.sum)(sum, &grad),
+            None => {
+                self.grads.of.insert(*id, grad);
+                Ok(())
+            }
+        }
+    }
+    /// Take what has arrived for input `i` so far, for an op that accumulates into it by itself; give back the total
+    /// with [`Flow::put`].
+    pub fn take_sum(&mut self, i: usize) -> Option<Tensor> {
+        self.grads.of.remove(&(*self.inputs.get(i)?)?)
+    }
+    /// Set the gradient of input `i`, after [`Flow::take_sum`].
+    pub fn put(&mut self, i: usize, total: Tensor) {
+        if let Some(Some(id)) = self.inputs.get(i) {
+            self.grads.of.insert(*id, total);
+        }
+    }
+    /// All gradients and how they are summed, for `recompute`, which walks a tape of its own.
+    pub(super) fn nested(&mut self) -> (&mut Gradients, SumInto) {
+        (self.grads, self.sum)
+    }
+}
+
+/// Records ops so that they can be differentiated. Make one with [`crate::ops::tape`].
+pub struct Tape {
+    sum: SumInto,
+    nodes: RefCell<Vec<Node>>,
+}
+
+impl Tape {
+    pub fn new(sum: SumInto) -> Self {
+        Self { sum, nodes: RefCell::default() }
+    }
+    /// Run `f`, recording what it does. May be called again: the tape grows.
+    pub fn record<R>(&self, f: impl FnOnce() -> R) -> R {
+        let scope = Scope::enter(Some(self.nodes.take()));
+        let r = f();
+        if let Some(nodes) = scope.leave() {
+            self.nodes.replace(nodes);
+        }
+        r
+    }
+    /// Number of recorded nodes.
+    pub fn len(&self) -> usize {
+        self.nodes.borrow().len()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// The names of the recorded ops, in order: a trace to study.
+    pub fn trace(&self) -> Vec<&'static str> {
+        self.nodes.borrow().iter().map(|n| n.op).collect()
+    }
+    /// Add `seed * d(output)/d(leaf)` to `grads` for every leaf. Consumes the tape, freeing node after node.
+    /// `output` is mostly a scalar loss; for other shapes the gradient of its sum is taken.
+    pub fn backward(self, output: &Var, seed: f64, grads: &mut Gradients) -> Result<()> {
+        let seed = Tensor::full(seed, output.shape(), output.dtype(), output.value.device())?;
+        self.backward_from(&[(output, seed)], grads)
+    }
+    /// Like [`Tape::backward`], from given gradients of several outputs.
+    pub fn backward_from(self, outputs: &[(&Var, Tensor)], grads: &mut Gradients) -> Result<()> {
+        let mut nodes = self.nodes.into_inner();
+        let produced: HashSet<VarId> = nodes.iter().flat_map(|n| n.outputs.iter().copied()).collect();
+        for (v, g) in outputs {
+            let id = v.id.ok_or_else(|| {
+                Error::gradient("backward", "the output depends on no parameter, or was computed outside Tape::record")
+            })?;
+            if g.shape() != v.shape() {
+                let detail = format!("gradient of shape {:?} for an output of shape {:?}", g.shape(), v.shape());
+                return Err(Error::gradient("backward", detail));
+            }
+            match grads.of.get_mut(&id) {
+                Some(total) => (self.sum)(total, g)?,
+                None => drop(grads.of.insert(id, g.clone())),
+            }
+        }
+        let walked = walk(&mut nodes, grads, self.sum);
+        if walked.is_err() {
+            // leave no half-way gradients of activations behind
+            grads.of.retain(|id, _| !produced.contains(id));
+        }
+        walked
+    }
+}
+
+fn walk(nodes: &mut Vec<Node>, grads: &mut Gradients, sum: SumInto) -> Result<()> {
+    no_grad(|| {
+        while let Some(node) = nodes.pop() {
+            let output_grads: Vec<_> = node.outputs.iter().map(|id| grads.of.remove(id)).collect();
+            if output_grads.iter().any(Option::is_some) {
+                let mut flow = Flow { op: node.op, inputs: &node.inputs, output_grads, grads, sum };
+                (node.backward)(&mut flow)?;
+            }
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,95 @@
+//! The one error type. Every variant names what was attempted (the op, the shapes, the path) and says what to do.
+
+use std::path::{Path, PathBuf};
+
+/// Everything that can go wrong in Felid. No public function panics on bad input: it returns one of these.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Shapes, strides or sizes that an op cannot take.
+    #[error("{op}: {detail}")]
+    Shape { op: &'static str, detail: String },
+    /// A dtype that an op cannot take.
+    #[error("{op}: {detail}")]
+    DType { op: &'static str, detail: String },
+    /// An id or index outside its table.
+    #[error("{op}: {detail}")]
+    Index { op: &'static str, detail: String },
+    /// An op without a backward was differentiated through, or backward was called on something not recorded.
+    #[error("{op}: {detail}")]
+    Gradient { op: &'static str, detail: String },
+    /// A chunk size that the model does not allow.
+    #[error("chunk size {asked} is not allowed by this model: use {allowed}")]
+    ChunkSize { asked: usize, allowed: String },
+    /// More tokens than the model has positions for.
+    #[error("{len} tokens do not fit this model's block_size of {block_size}: shorten the input or the continuation")]
+    Length { len: usize, block_size: usize },
+    /// Something that must not be empty is.
+    #[error("{what} is empty: {fix}")]
+    Empty { what: String, fix: String },
+    /// A configuration that contradicts itself or the weights.
+    #[error("config: {0}")]
+    Config(String),
+    /// Weights that do not fit the configuration; all offending names at once.
+    #[error("{}: weights do not fit the config: {detail}", path.display())]
+    Weights { path: PathBuf, detail: String },
+    /// A file that is not what it should be: truncated, corrupt or hostile.
+    #[error("{}: {detail}", path.display())]
+    Format { path: PathBuf, detail: String },
+    /// The operating system refused.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: std::io::Error },
+    /// A device that is not there, or a library that it needs.
+    #[error("device {device}: {detail}")]
+    Device { device: String, detail: String },
+    /// Flags or arguments that do not fit together. The command exits with 2.
+    #[error("{0}")]
+    Usage(String),
+    /// Ctrl-C. The command exits with 130.
+    #[error("interrupted: {0}")]
+    Interrupted(String),
+}
+
+/// `std::result::Result` with Felid's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub(crate) fn shape(op: &'static str, detail: impl Into<String>) -> Self {
+        Self::Shape { op, detail: detail.into() }
+    }
+    pub(crate) fn dtype(op: &'static str, detail: impl Into<String>) -> Self {
+        Self::DType { op, detail: detail.into() }
+    }
+    pub(crate) fn index(op: &'static str, detail: impl Into<String>) -> Self {
+        Self::Index { op, detail: detail.into() }
+    }
+    pub(crate) fn gradient(op: &'static str, detail: impl Into<String>) -> Self {
+        Self::Gradient { op, detail: detail.into() }
+    }
+    pub(crate) fn config(detail: impl Into<String>) -> Self {
+        Self::Config(detail.into())
+    }
+    pub(crate) fn empty(what: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self::Empty { what: what.into(), fix: fix.into() }
+    }
+    pub(crate) fn format(path: impl AsRef<Path>, detail: impl Into<String>) -> Self {
+        Self::Format { path: path.as_ref().into(), detail: detail.into() }
+    }
+    pub(crate) fn weights(path: impl AsRef<Path>, detail: impl Into<String>) -> Self {
+        Self::Weights { path: path.as_ref().into(), detail: detail.into() }
+    }
+    /// For `map_err`: `fs::read(p).map_err(Error::io("read", p))`.
+    pub(crate) fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.as_ref().to_path_buf();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// The exit code of a command that ends with this error: 2 for usage, 130 for Ctrl-C, 1 otherwise.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) => 2,
+            Self::Interrupted(_) => 130,
+            _ => 1,
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Felid: a tensor engine for Compress & Attend Transformers (CATs), from the formula to the kernel.
+#![warn(missing_docs)]
+#![allow(missing_docs)]
+
+pub mod autograd;
+mod error;
+pub mod ops;
+pub mod tensor;
+
+pub use error::{Error, Result};

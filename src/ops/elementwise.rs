@@ -1,0 +1,3 @@
+pub fn add_assign(_: &mut crate::tensor::Tensor, _: &crate::tensor::Tensor) -> crate::Result<()> {
+    Ok(())
+}

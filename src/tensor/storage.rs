@@ -1,0 +1,151 @@
+//! Where elements live. CPU buffers are 64-byte aligned and recycled, since a training step asks for the same sizes
+//! again and again and fresh pages cost more than most of its passes.
+
+use super::DType;
+use bytemuck::{Pod, Zeroable};
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// A device that tensors live on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum Device {
+    #[default]
+    Cpu,
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+        }
+    }
+}
+
+impl std::str::FromStr for Device {
+    type Err = crate::Error;
+    fn from_str(s: &str) -> crate::Result<Self> {
+        match s {
+            "cpu" => Ok(Self::Cpu),
+            _ if s == "cuda" || s.starts_with("cuda:") => Err(crate::Error::Device {
+                device: s.into(),
+                detail: "this build has no CUDA backend yet: use --device cpu".into(),
+            }),
+            _ => Err(crate::Error::Usage(format!("unknown device '{s}': use cpu"))),
+        }
+    }
+}
+
+/// The elements of a tensor, on one device.
+#[derive(Debug)]
+pub(crate) enum Storage {
+    Cpu(CpuBuffer),
+}
+
+impl Storage {
+    pub fn device(&self) -> Device {
+        match self {
+            Self::Cpu(_) => Device::Cpu,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Zeroable, Pod)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// An aligned run of bytes, viewed as whatever `Pod` type is asked for.
+pub(crate) struct CpuBuffer {
+    lines: Vec<Line>,
+    bytes: usize,
+}
+
+impl std::fmt::Debug for CpuBuffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "CpuBuffer({} bytes)", self.bytes)
+    }
+}
+
+/// Free buffers by their length in lines; what a step drops, the next one takes.
+static FREE: Mutex<BTreeMap<usize, Vec<Vec<Line>>>> = Mutex::new(BTreeMap::new());
+static FREE_BYTES: AtomicUsize = AtomicUsize::new(0);
+static CURRENT: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+/// Smaller buffers are left to the system's allocator.
+const POOLED_LINES: usize = 256;
+
+/// Bytes that tensors on the CPU hold now, held at most so far, and bytes kept for reuse.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct MemoryStats {
+    pub current: usize,
+    pub peak: usize,
+    pub pooled: usize,
+}
+
+/// Memory of all CPU tensors of this process.
+pub fn memory_stats() -> MemoryStats {
+    MemoryStats { current: CURRENT.load(Relaxed), peak: PEAK.load(Relaxed), pooled: FREE_BYTES.load(Relaxed) }
+}
+
+/// Round up to one of four sizes per power of two, so that nearby sizes share buffers.
+fn size_class(lines: usize) -> usize {
+    if lines < POOLED_LINES {
+        return lines;
+    }
+    let step = lines.next_power_of_two() / 8;
+    lines.div_ceil(step) * step
+}
+
+impl CpuBuffer {
+    /// A buffer whose elements are unspecified (valid, but possibly left over): for outputs that are written whole.
+    pub fn unspecified(dtype: DType, n: usize) -> Self {
+        Self::take(n * dtype.size()).0
+    }
+    pub fn zeroed(dtype: DType, n: usize) -> Self {
+        let (mut b, fresh) = Self::take(n * dtype.size());
+        if !fresh {
+            b.as_mut_slice::<u8>().fill(0);
+        }
+        b
+    }
+    /// The buffer, and whether it is fresh (and so zero).
+    fn take(bytes: usize) -> (Self, bool) {
+        let lines = size_class(bytes.div_ceil(64));
+        let held = CURRENT.fetch_add(lines * 64, Relaxed) + lines * 64;
+        PEAK.fetch_max(held, Relaxed);
+        if lines >= POOLED_LINES
+            && let Ok(mut free) = FREE.lock()
+            && let Some(lines) = free.get_mut(&lines).and_then(Vec::pop)
+        {
+            FREE_BYTES.fetch_sub(lines.len() * 64, Relaxed);
+            return (Self { lines, bytes }, false);
+        }
+        (Self { lines: bytemuck::allocation::zeroed_vec(lines), bytes }, true)
+    }
+    pub fn as_slice<T: Pod>(&self) -> &[T] {
+        let bytes: &[u8] = bytemuck::cast_slice(&self.lines);
+        bytemuck::cast_slice(&bytes[..self.bytes])
+    }
+    pub fn as_mut_slice<T: Pod>(&mut self) -> &mut [T] {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.lines);
+        bytemuck::cast_slice_mut(&mut bytes[..self.bytes])
+    }
+}
+
+impl Drop for CpuBuffer {
+    fn drop(&mut self) {
+        let lines = std::mem::take(&mut self.lines);
+        let bytes = lines.len() * 64;
+        let current = CURRENT.fetch_sub(bytes, Relaxed) - bytes;
+        // Keep for reuse no more than what was ever needed at once beside what is still held.
+        let room = PEAK.load(Relaxed).saturating_sub(current);
+        if lines.len() >= POOLED_LINES
+            && FREE_BYTES.load(Relaxed) + bytes <= room
+            && let Ok(mut free) = FREE.lock()
+        {
+            FREE_BYTES.fetch_add(bytes, Relaxed);
+            free.entry(lines.len()).or_default().push(lines);
+        }
+    }
+}
