@@ -16,3 +16,4 @@ use crate::autograd::Tape;
 pub fn tape() -> Tape {
     Tape::new(add_assign)
 }
+pub use elementwise::add_assign;
