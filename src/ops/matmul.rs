@@ -1,1 +1,92 @@
+//! Matrix products: `linear` (the layout of weights in checkpoints) and batched `matmul`.
 
+use super::cpu;
+use super::elementwise::{broadcast_shape, same_dtype};
+use crate::autograd::{Var, record_one};
+use crate::tensor::{Device, Tensor};
+use crate::{Error, Result};
+
+/// `y = x W^T + bias`: x `[.., I]`, weight `[O, I]`, bias `[O]`, y `[.., O]`.
+///
+/// Backward: `dx = dy W`, `dW = dy^T x` (accumulated by the product itself), `dbias = sum of dy over rows`.
+pub fn linear(x: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
+    let (xv, w) = (x.value(), weight.value());
+    same_dtype("linear", &[xv, w])?;
+    if xv.rank() == 0 || w.rank() != 2 || w.dim(1) != xv.last_dim() {
+        return Err(Error::shape("linear", format!("x {:?} does not fit weight {:?} [out, in]", xv.shape(), w.shape())));
+    }
+    if let Some(b) = bias {
+        same_dtype("linear", &[xv, b.value()])?;
+        if b.shape() != [w.dim(0)] {
+            return Err(Error::shape("linear", format!("bias {:?} does not fit weight {:?}", b.shape(), w.shape())));
+        }
+    }
+    let mut shape = xv.shape().to_vec();
+    let (o, i) = (w.dim(0), w.dim(1));
+    let rows = xv.numel() / i.max(1);
+    shape[xv.rank() - 1] = o;
+    let x2 = xv.reshape(&[rows, i])?;
+    let start = match bias {
+        Some(b) => Some(b.value().expand(&[rows, o])?.copy()?),
+        None => None,
+    };
+    let y = gemm(&x2, &w.transpose(0, 1)?, start)?.reshape(&shape)?;
+    let (w, x_shape) = (w.clone(), xv.shape().to_vec());
+    let mut inputs = vec![x, weight];
+    inputs.extend(bias);
+    Ok(record_one("linear", &inputs, y, move |flow| {
+        let dy = flow.output()?.reshape(&[rows, o])?;
+        if flow.wants(1) {
+            let sum = flow.take_sum(1);
+            flow.put(1, gemm(&dy.transpose(0, 1)?, &x2, sum)?);
+        }
+        if flow.wants(2) {
+            flow.give(2, super::reduce::sum_to(&dy, &[o])?)?;
+        }
+        if flow.wants(0) {
+            flow.give(0, gemm(&dy, &w, None)?.reshape(&x_shape)?)?;
+        }
+        Ok(())
+    }))
+}
+
+/// `a b` over the last two dimensions: a `[.., m, k]`, b `[.., k, n]`, result `[.., m, n]`; leading ones broadcast.
+///
+/// Backward: `da = dy b^T`, `db = a^T dy`, summed over broadcast dimensions.
+pub fn matmul(a: &Var, b: &Var) -> Result<Var> {
+    let y = matmul_tensor(a.value(), b.value())?;
+    let (av, bv) = (a.value().clone(), b.value().clone());
+    Ok(record_one("matmul", &[a, b], y, move |flow| {
+        let dy = flow.output()?;
+        if flow.wants(0) {
+            let da = matmul_tensor(&dy, &bv.transpose(bv.rank() - 2, bv.rank() - 1)?)?;
+            flow.give(0, super::reduce::sum_to(&da, av.shape())?)?;
+        }
+        if flow.wants(1) {
+            let db = matmul_tensor(&av.transpose(av.rank() - 2, av.rank() - 1)?, &dy)?;
+            flow.give(1, super::reduce::sum_to(&db, bv.shape())?)?;
+        }
+        Ok(())
+    }))
+}
+
+fn matmul_tensor(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    same_dtype("matmul", &[a, b])?;
+    if a.rank() < 2 || b.rank() < 2 || a.dim(a.rank() - 1) != b.dim(b.rank() - 2) {
+        return Err(Error::shape("matmul", format!("{:?} times {:?} does not fit", a.shape(), b.shape())));
+    }
+    let (m, k, n) = (a.dim(a.rank() - 2), a.last_dim(), b.last_dim());
+    let lead = broadcast_shape("matmul", &a.shape()[..a.rank() - 2], &b.shape()[..b.rank() - 2])?;
+    let with = |last: [usize; 2]| lead.iter().copied().chain(last).collect::<Vec<_>>();
+    let (a, b) = (a.expand(&with([m, k]))?, b.expand(&with([k, n]))?);
+    match a.device() {
+        Device::Cpu => cpu::matmul::batched(&a, &b),
+    }
+}
+
+/// `start + a b` for two matrices of any strides: a `[m, k]`, b `[k, n]`; `start` `[m, n]` is written in place.
+pub(crate) fn gemm(a: &Tensor, b: &Tensor, start: Option<Tensor>) -> Result<Tensor> {
+    match a.device() {
+        Device::Cpu => cpu::matmul::gemm(a, b, start),
+    }
+}

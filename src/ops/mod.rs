@@ -6,9 +6,19 @@
 
 pub(crate) mod cpu;
 
+mod concat;
 mod elementwise;
 mod matmul;
+mod reduce;
 mod rms_norm;
+mod shape;
+
+pub use concat::concat;
+pub use elementwise::{add, add_assign, div, exp, ln, mul, neg, scale, silu, sqrt, sub};
+pub use matmul::{linear, matmul};
+pub use reduce::{mean, sum, sum_all};
+pub use rms_norm::{add_rms_norm, rms_norm};
+pub use shape::{contiguous, expand, narrow, permute, reshape, split, transpose};
 
 use crate::autograd::Tape;
 
@@ -16,4 +26,3 @@ use crate::autograd::Tape;
 pub fn tape() -> Tape {
     Tape::new(add_assign)
 }
-pub use elementwise::add_assign;

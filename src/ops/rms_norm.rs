@@ -1,1 +1,75 @@
+//! RMSNorm (spec section 1), alone or fused with the residual add that precedes it in every block.
+//!
+//! `y = x * rstd * w`, `rstd = 1 / sqrt(mean(x^2) + eps)`, over the last dimension D, in f32.
+//!
+//! Backward, with `g = dy * w` and `m = mean(g * x) * rstd^2`: `dx = rstd * (g - x * m)`, `dw = sum over rows of dy * x * rstd`.
 
+use super::cpu;
+use super::elementwise::same_dtype;
+use crate::autograd::{Flow, Var, record};
+use crate::tensor::{Device, Tensor};
+use crate::{Error, Result};
+
+/// `y = rms_norm(x) * weight` over the last dimension: x `[.., D]` (rows of any stride), weight `[D]`, y like x.
+///
+/// Saves x and `1/rms` (one accumulator a row).
+pub fn rms_norm(x: &Var, weight: &Var, eps: f64) -> Result<Var> {
+    Ok(forward("rms_norm", x, None, weight, eps)?.0)
+}
+
+/// `h = x + residual; y = rms_norm(h) * weight`, one pass: returns (y, h). All `[.., D]`, weight `[D]`.
+///
+/// The gradient of x and of residual is the same tensor.
+pub fn add_rms_norm(x: &Var, residual: &Var, weight: &Var, eps: f64) -> Result<(Var, Var)> {
+    let (y, h) = forward("add_rms_norm", x, Some(residual), weight, eps)?;
+    Ok((y, h.unwrap_or_else(|| x.clone())))
+}
+
+fn forward(op: &'static str, x: &Var, residual: Option<&Var>, weight: &Var, eps: f64) -> Result<(Var, Option<Var>)> {
+    let (xv, w) = (x.value(), weight.value());
+    same_dtype(op, &[xv, w])?;
+    if xv.rank() == 0 || w.shape() != [xv.last_dim()] {
+        return Err(Error::shape(
+            op,
+            format!("x {:?} needs a weight of its last dimension, got {:?}", xv.shape(), w.shape()),
+        ));
+    }
+    if let Some(r) = residual {
+        same_dtype(op, &[xv, r.value()])?;
+        if r.shape() != x.shape() {
+            return Err(Error::shape(op, format!("x {:?} and residual {:?} differ", x.shape(), r.shape())));
+        }
+    }
+    let out = match xv.device() {
+        Device::Cpu => cpu::rms_norm::forward(xv, residual.map(Var::value), w, eps)?,
+    };
+    let (h, rstd, wv) = (out.h.clone().unwrap_or_else(|| xv.clone()), out.rstd, w.clone());
+    let backward = move |flow: &mut Flow, dh: Option<Tensor>, weight_at: usize| -> Result<Option<Tensor>> {
+        let Some(dy) = flow.output_at(0) else { return Ok(dh) };
+        let sum = flow.take_sum(weight_at);
+        let (dx, dw) = match h.device() {
+            Device::Cpu => cpu::rms_norm::backward(&h, &wv, &rstd, &dy, dh, sum)?,
+        };
+        flow.put(weight_at, dw);
+        Ok(Some(dx))
+    };
+    let vars = match (residual, out.h) {
+        (Some(residual), Some(h)) => record(op, &[x, residual, weight], vec![out.y, h], move |flow| {
+            let dh = flow.output_at(1);
+            if let Some(dx) = backward(flow, dh, 2)? {
+                flow.give(0, dx.clone())?;
+                flow.give(1, dx)?;
+            }
+            Ok(())
+        }),
+        _ => record(op, &[x, weight], vec![out.y], move |flow| match backward(flow, None, 1)? {
+            Some(dx) => flow.give(0, dx),
+            None => Ok(()),
+        }),
+    };
+    let mut vars = vars.into_iter();
+    match vars.next() {
+        Some(y) => Ok((y, vars.next())),
+        None => Err(Error::shape(op, "no output")),
+    }
+}

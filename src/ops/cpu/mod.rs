@@ -4,8 +4,10 @@
 //! [`Float::Acc`](crate::tensor::Float) (f32, or f64 for f64 elements) and is deterministic: results do not depend
 //! on the number of threads, because work is cut by shape and never by thread.
 
+pub mod concat;
 pub mod elementwise;
 pub mod matmul;
+pub mod reduce;
 pub mod rms_norm;
 
 /// Run `f` compiled for the widest vector instructions this CPU has (AVX2 + FMA, AVX-512, NEON).

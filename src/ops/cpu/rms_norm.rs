@@ -1,1 +1,120 @@
+//! RMSNorm on the CPU: a row a time, both directions side by side.
 
+use super::elementwise::for_rows;
+use super::{rows_per_task, simd, sum_over};
+use crate::tensor::{DType, Float, Real, Tensor};
+use crate::{Result, with_float};
+use rayon::prelude::*;
+
+pub(crate) struct Normed {
+    pub y: Tensor,
+    /// `x + residual`, where a residual was given.
+    pub h: Option<Tensor>,
+    /// `1/rms`, one a row, in the accumulator type.
+    pub rstd: Tensor,
+}
+
+/// The dtype that arithmetic on `d` accumulates in.
+pub(crate) fn acc_dtype(d: DType) -> DType {
+    if d == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+pub(crate) fn forward(x: &Tensor, residual: Option<&Tensor>, w: &Tensor, eps: f64) -> Result<Normed> {
+    with_float!(x.dtype(), "rms_norm", T => {
+        type A = <T as Float>::Acc;
+        let x = x.dense_rows()?;
+        let (d, rows) = (x.last_dim(), x.numel() / x.last_dim().max(1));
+        let w = w.contiguous()?;
+        let (xs, ws, eps) = (x.storage_slice::<T>()?, w.as_slice::<T>()?, A::of(eps));
+        let mut rstd = Tensor::unspecified(&[rows], acc_dtype(x.dtype()));
+        let h = match residual {
+            None => None,
+            Some(r) => {
+                // the sum is rounded to the tensor's dtype before it is normed, as an add of its own would
+                Some(super::elementwise::binary(crate::ops::elementwise::Binary::Add, &x, r)?)
+            }
+        };
+        let (src, l) = match &h {
+            Some(h) => (h.as_slice::<T>()?, h.layout()),
+            None => (xs, x.layout()),
+        };
+        let mut y = Tensor::unspecified(x.shape(), x.dtype());
+        let n = rows_per_task(d);
+        y.as_mut_slice::<T>()?.par_chunks_mut((n * d).max(1)).zip(rstd.as_mut_slice::<A>()?.par_chunks_mut(n)).enumerate().for_each(
+            |(task, (y, rstd))| {
+                for (r, (y, rstd)) in y.chunks_exact_mut(d).zip(rstd).enumerate() {
+                    let at = l.row_offset(task * n + r);
+                    let x = &src[at..at + d];
+                    simd(#[inline(always)] || {
+                        let square = sum_over(d, #[inline(always)] |i| x[i].to_acc() * x[i].to_acc());
+                        *rstd = A::ONE / (square / A::of(d as f64) + eps).sqrt();
+                        for ((y, x), w) in y.iter_mut().zip(x).zip(ws) {
+                            *y = T::from_acc(x.to_acc() * *rstd * w.to_acc());
+                        }
+                    });
+                }
+            },
+        );
+        Ok(Normed { y, h, rstd })
+    })
+}
+
+/// `(dx + dh, dw + sum)`: the gradient of the normed rows, and of the weight.
+pub(crate) fn backward(
+    x: &Tensor,
+    w: &Tensor,
+    rstd: &Tensor,
+    dy: &Tensor,
+    dh: Option<Tensor>,
+    sum: Option<Tensor>,
+) -> Result<(Tensor, Tensor)> {
+    with_float!(x.dtype(), "rms_norm", T => {
+        type A = <T as Float>::Acc;
+        let (x, dy, w) = (x.dense_rows()?, dy.dense_rows()?, w.contiguous()?);
+        let d = x.last_dim();
+        let n = rows_per_task(d);
+        let dh = dh.map(|t| t.contiguous()).transpose()?;
+        let mut dx = Tensor::unspecified(x.shape(), x.dtype());
+        let (xs, dys, ws, rs) = (x.storage_slice::<T>()?, dy.storage_slice::<T>()?, w.as_slice::<T>()?, rstd.as_slice::<A>()?);
+        let dhs = dh.as_ref().map(|t| t.as_slice::<T>()).transpose()?;
+        // dw is summed per task and then over tasks in order: the same sum for any number of threads
+        let partial: Vec<Vec<A>> = dx
+            .as_mut_slice::<T>()?
+            .par_chunks_mut((n * d).max(1))
+            .enumerate()
+            .map(|(task, dx)| {
+                let mut dw = vec![A::ZERO; d];
+                for (r, dx) in dx.chunks_exact_mut(d).enumerate() {
+                    let row = task * n + r;
+                    let (ax, ay) = (x.layout().row_offset(row), dy.layout().row_offset(row));
+                    let (x, dy, rstd) = (&xs[ax..ax + d], &dys[ay..ay + d], rs[row]);
+                    simd(#[inline(always)] || {
+                        let gx = sum_over(d, #[inline(always)] |i| dy[i].to_acc() * ws[i].to_acc() * x[i].to_acc());
+                        let m = gx / A::of(d as f64) * rstd * rstd;
+                        for i in 0..d {
+                            let (g, x) = (dy[i].to_acc(), x[i].to_acc());
+                            dw[i] += g * x * rstd;
+                            dx[i] = T::from_acc(rstd * (g * ws[i].to_acc() - x * m));
+                        }
+                        if let Some(dhs) = dhs {
+                            for (dx, dh) in dx.iter_mut().zip(&dhs[row * d..][..d]) {
+                                *dx = T::from_acc(dx.to_acc() + dh.to_acc());
+                            }
+                        }
+                    });
+                }
+                dw
+            })
+            .collect();
+        let mut dw = match sum {
+            Some(sum) => sum,
+            None => Tensor::zeros(&[d], x.dtype(), x.device())?,
+        };
+        for_rows(dw.as_mut_slice::<T>()?, d, |_, dw| {
+            for (i, dw) in dw.iter_mut().enumerate() {
+                *dw = T::from_acc(dw.to_acc() + partial.iter().map(|p| p[i]).sum::<A>());
+            }
+        });
+        Ok((dx, dw))
+    })
+}
