@@ -6,6 +6,7 @@
 
 pub(crate) mod cpu;
 
+mod attention;
 mod concat;
 mod elementwise;
 mod matmul;
@@ -13,6 +14,7 @@ mod reduce;
 mod rms_norm;
 mod shape;
 
+pub use attention::{Mask, attention};
 pub use concat::concat;
 pub use elementwise::{add, add_assign, div, exp, ln, mul, neg, scale, silu, sqrt, sub};
 pub use matmul::{linear, matmul};

@@ -4,6 +4,7 @@
 //! [`Float::Acc`](crate::tensor::Float) (f32, or f64 for f64 elements) and is deterministic: results do not depend
 //! on the number of threads, because work is cut by shape and never by thread.
 
+pub mod attention;
 pub mod concat;
 pub mod elementwise;
 pub mod matmul;

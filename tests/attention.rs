@@ -1,0 +1,394 @@
+//! Attention under structured masks against a naive float64 reference that asks `Mask::allows` for every pair.
+
+use felid::autograd::{GradCheck, Gradients, Var, check_gradients, no_grad};
+use felid::ops::{self, Mask, attention};
+use felid::tensor::{DType, Element, Float, Real, Tensor};
+use half::{bf16, f16};
+use proptest::prelude::*;
+
+/// Shapes of a case: q `[b, h, lq, d]`, k and v `[b, hkv, lk, d]`.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    mask: Mask,
+    b: usize,
+    hkv: usize,
+    group: usize,
+    lq: usize,
+    lk: usize,
+    d: usize,
+}
+
+impl Case {
+    fn h(self) -> usize {
+        self.hkv * self.group
+    }
+    fn scale(self) -> f64 {
+        1.0 / (self.d as f64).sqrt()
+    }
+    fn allows(self, i: usize, j: usize) -> bool {
+        // queries are the last positions
+        self.mask.allows(if self.mask == Mask::Bidirectional { i } else { i + self.lk - self.lq }, j)
+    }
+}
+
+const fn square(mask: Mask, b: usize, hkv: usize, group: usize, l: usize, d: usize) -> Case {
+    Case { mask, b, hkv, group, lq: l, lk: l, d }
+}
+
+/// Sums of three uniform values: bell-shaped, variance 1, the same for a seed.
+fn random<T: Float>(seed: u64, n: usize) -> Vec<T> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut uniform = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) as f64 / (1u64 << 53) as f64 * 2.0 - 1.0
+    };
+    (0..n).map(|_| T::from_acc(T::Acc::of(uniform() + uniform() + uniform()))).collect()
+}
+
+/// Rows of q, k, v and of the output's gradient as `[b, l, heads, d]`, the order that a projection writes.
+struct Data<T> {
+    q: Vec<T>,
+    k: Vec<T>,
+    v: Vec<T>,
+    dy: Vec<T>,
+}
+
+impl<T: Float> Data<T> {
+    fn of(c: Case, seed: u64) -> Self {
+        let (q, k) = (c.b * c.lq * c.h() * c.d, c.b * c.lk * c.hkv * c.d);
+        Self { q: random(seed, q), k: random(seed + 1, k), v: random(seed + 2, k), dy: random(seed + 3, q) }
+    }
+    fn to<A: Real>(&self) -> Data<A> {
+        let all = |x: &[T]| x.iter().map(|x| A::of(x.to_acc().f64())).collect();
+        Data { q: all(&self.q), k: all(&self.k), v: all(&self.v), dy: all(&self.dy) }
+    }
+}
+
+/// `[y, dq, dk, dv]` as `[b, l, heads, d]`, term by term in `A`; y is rounded by `round`.
+fn naive<A: Real>(c: Case, x: &Data<A>, scale: f64, round: impl Fn(A) -> A) -> [Vec<A>; 4] {
+    let mut out = [&x.q, &x.q, &x.k, &x.k].map(|x| vec![A::ZERO; x.len()]);
+    let [y, dq, dk, dv] = &mut out;
+    let dot = |a: &[A], b: &[A]| a.iter().zip(b).map(|(a, b)| *a * *b).sum::<A>();
+    let add = |y: &mut [A], f: A, x: &[A]| y.iter_mut().zip(x).for_each(|(y, x)| *y += f * *x);
+    for b in 0..c.b {
+        for h in 0..c.h() {
+            for i in 0..c.lq {
+                let at = ((b * c.lq + i) * c.h() + h) * c.d;
+                let row = at..at + c.d;
+                let keys: Vec<_> = (0..c.lk)
+                    .filter(|&j| c.allows(i, j))
+                    .map(|j| ((b * c.lk + j) * c.hkv + h / c.group) * c.d)
+                    .map(|at| at..at + c.d)
+                    .collect();
+                let s: Vec<A> = keys.iter().map(|k| dot(&x.q[row.clone()], &x.k[k.clone()]) * A::of(scale)).collect();
+                let max = s.iter().copied().fold(A::NEG_INFINITY, A::maximum);
+                let e: Vec<A> = s.iter().map(|&s| (s - max).exp()).collect();
+                let sum = e.iter().copied().sum::<A>();
+                let p: Vec<A> = e.iter().map(|&e| e / sum).collect();
+                for (p, k) in p.iter().zip(&keys) {
+                    add(&mut y[row.clone()], *p, &x.v[k.clone()]);
+                }
+                y[row.clone()].iter_mut().for_each(|y| *y = round(*y));
+                let dy = &x.dy[row.clone()];
+                // backwards, else a single key would cancel to exactly 0 as no other order of sums does
+                let delta = dy.iter().zip(&y[row.clone()]).rev().map(|(a, b)| *a * *b).sum::<A>();
+                for (p, k) in p.iter().zip(&keys) {
+                    let ds = *p * (dot(dy, &x.v[k.clone()]) - delta) * A::of(scale);
+                    add(&mut dv[k.clone()], *p, dy);
+                    add(&mut dq[row.clone()], ds, &x.k[k.clone()]);
+                    add(&mut dk[k.clone()], ds, &x.q[row.clone()]);
+                }
+            }
+        }
+    }
+    out
+}
+
+fn heads<T: Element>(x: &[T], b: usize, l: usize, h: usize, d: usize) -> Tensor {
+    Tensor::from_slice(x, &[b, l, h, d]).unwrap().permute(&[0, 2, 1, 3]).unwrap()
+}
+
+fn back<T: Element>(x: &Tensor) -> Vec<T> {
+    x.permute(&[0, 2, 1, 3]).unwrap().to_vec().unwrap()
+}
+
+/// `[y, dq, dk, dv]` of the op, in their own shapes.
+fn run(inputs: [Tensor; 3], dy: &Tensor, mask: Mask, scale: f64) -> [Tensor; 4] {
+    let [q, k, v] = inputs.map(Var::parameter);
+    let mut grads = Gradients::default();
+    let tape = ops::tape();
+    let y = tape.record(|| attention(&q, &k, &v, mask, scale)).unwrap();
+    tape.backward_from(&[(&y, dy.clone())], &mut grads).unwrap();
+    [y.value().clone(), grads.take(&q).unwrap(), grads.take(&k).unwrap(), grads.take(&v).unwrap()]
+}
+
+fn tensors<T: Float>(c: Case, x: &Data<T>) -> ([Tensor; 3], Tensor) {
+    let kv = |x: &[T]| heads(x, c.b, c.lk, c.hkv, c.d);
+    ([heads(&x.q, c.b, c.lq, c.h(), c.d), kv(&x.k), kv(&x.v)], heads(&x.dy, c.b, c.lq, c.h(), c.d))
+}
+
+/// Largest difference to `want`.
+fn error<T: Float>(got: &[T], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let diff = got.iter().zip(want).map(|(g, w)| (g.to_acc().f64() - w).abs());
+    // a NaN must not pass as the smaller number
+    diff.fold(0.0, |a, b| if b.is_nan() || b > a { b } else { a })
+}
+
+/// The op in T against the reference on the same rounded inputs.
+///
+/// The bound is what the naive sums in T's accumulator, with y and the gradients rounded to T, err on these very inputs,
+/// times 4: the tiles add in another order (no longer chains than the naive sums), fold the scale into q and take the
+/// softmax's quotient last, one more rounding each, and a maximum over few elements varies by about a factor of 2. Naive
+/// sums in f64 err as those in f32 do, times 2^-29. Where naive happens to be exact, what remains is dS as the difference
+/// of two dot products in different orders: numbers of size sqrt(d) that lose a few units in the last place, times scale
+/// and elements of up to 3. So 8 units in the last place of the largest element, or of 4.
+fn check<T: Float>(c: Case, seed: u64) {
+    let x = Data::<T>::of(c, seed);
+    let (inputs, dy) = tensors(c, &x);
+    let want = naive::<f64>(c, &x.to(), c.scale(), |y| y);
+    let (round, finer): (fn(f32) -> f32, f64) = match T::DTYPE {
+        DType::F64 => (|y| y, f64::EPSILON / f32::EPSILON as f64),
+        _ => (|y| T::from_acc(T::Acc::of(y as f64)).to_acc().f64() as f32, 1.0),
+    };
+    let in_f32 = naive::<f32>(c, &x.to(), c.scale(), round).map(|x| x.into_iter().map(round).collect::<Vec<_>>());
+    for (i, got) in run(inputs, &dy, c.mask, c.scale()).iter().enumerate() {
+        let largest = want[i].iter().fold(4.0, |a: f64, b| a.max(b.abs()));
+        let bound = (4.0 * error(&in_f32[i], &want[i]) + 8.0 * f32::EPSILON as f64 * largest) * finer;
+        let err = error(&back::<T>(got), &want[i]);
+        assert!(err <= bound, "{} of {c:?} in {}: {err:.3e} > {bound:.3e}", ["y", "dq", "dk", "dv"][i], T::DTYPE);
+    }
+}
+
+fn check_all(c: Case, seed: u64) {
+    check::<f32>(c, seed);
+    check::<bf16>(c, seed);
+    check::<f16>(c, seed);
+    check::<f64>(c, seed);
+}
+
+fn masks() -> impl Strategy<Value = Mask> {
+    prop_oneof![
+        Just(Mask::Causal),
+        Just(Mask::Bidirectional),
+        (1usize..=20).prop_map(|stride| Mask::Cat { stride }),
+        (1usize..=20).prop_map(|stride| Mask::Cat { stride })
+    ]
+}
+
+prop_compose! {
+    fn cases(longest: usize)(
+        mask in masks(),
+        l in 1..=longest,
+        other in 1..=longest,
+        b in 1usize..=3,
+        hkv in 1usize..=3,
+        group in 1usize..=3,
+        d in prop::sample::select(vec![1usize, 3, 8, 16, 32, 48, 64, 96, 128]),
+    ) -> Case {
+        let (lq, lk) = match mask {
+            Mask::Causal => (l.min(other), l.max(other)),
+            Mask::Bidirectional => (l, other),
+            Mask::Cat { .. } => (l, l),
+        };
+        Case { mask, b, hkv, group, lq, lk, d }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn agrees_with_the_reference(c in cases(80), seed in any::<u32>()) {
+        check_all(c, seed as u64);
+    }
+
+    #[test]
+    fn few_queries_agree_with_the_reference(c in cases(80), lq in 1usize..=5, seed in any::<u32>()) {
+        let lq = lq.min(c.lk);
+        let lk = if matches!(c.mask, Mask::Cat { .. }) { lq } else { c.lk };
+        check_all(Case { lq, lk, ..c }, seed as u64);
+    }
+
+    #[test]
+    fn pairs_counts_what_allows_says(c in cases(80)) {
+        let count = (0..c.lq).flat_map(|i| (0..c.lk).map(move |j| (i, j))).filter(|&(i, j)| c.allows(i, j)).count();
+        prop_assert_eq!(c.mask.pairs(c.lq, c.lk), count);
+    }
+
+    /// Views into one fused projection `[B, L, (H + 2 Hkv) d]`, and views with gaps in the rows.
+    #[test]
+    fn strides_do_not_matter(c in cases(40), seed in any::<u32>()) {
+        let c = Case { lq: c.lk, ..c };
+        let (h, kv) = (c.h() * c.d, c.hkv * c.d);
+        let fused = Tensor::from_vec(random::<f32>(seed as u64, c.b * c.lk * (h + 2 * kv)), &[c.b, c.lk, h + 2 * kv]).unwrap();
+        let views: Vec<Tensor> = fused
+            .split(2, &[h, kv, kv])
+            .unwrap()
+            .iter()
+            .zip([c.h(), c.hkv, c.hkv])
+            .map(|(t, heads)| t.reshape(&[c.b, c.lk, heads, c.d]).unwrap().permute(&[0, 2, 1, 3]).unwrap())
+            .collect();
+        let views: [Tensor; 3] = views.try_into().unwrap();
+        let dy = Tensor::from_vec(random::<f32>(seed as u64 + 1, c.b * c.lk * h), &[c.b, c.h(), c.lk, c.d]).unwrap();
+        let gaps = |t: &Tensor| t.transpose(2, 3).unwrap().copy().unwrap().transpose(2, 3).unwrap();
+        let want = run(views.each_ref().map(|t| t.copy().unwrap()), &dy, c.mask, c.scale());
+        for got in [run(views.clone(), &gaps(&dy), c.mask, c.scale()), run(views.each_ref().map(gaps), &dy, c.mask, c.scale())] {
+            for (got, want) in got.iter().zip(&want) {
+                prop_assert_eq!(got.to_vec::<f32>().unwrap(), want.to_vec::<f32>().unwrap());
+                prop_assert!(got.transpose(1, 2).unwrap().is_contiguous(), "heads must join without a copy");
+            }
+        }
+    }
+}
+
+/// Lengths that cross every tile: 8, 16 and 128 keys, 6 and 48 rows, 64 keys in decoding, and split query rows.
+const LONG: [Case; 10] = [
+    square(Mask::Cat { stride: 17 }, 1, 2, 1, 290, 64),
+    square(Mask::Cat { stride: 6 }, 1, 1, 2, 386, 32),
+    square(Mask::Cat { stride: 2 }, 1, 1, 1, 401, 16),
+    square(Mask::Cat { stride: 1 }, 1, 1, 1, 150, 16),
+    square(Mask::Cat { stride: 130 }, 1, 1, 1, 400, 16),
+    square(Mask::Cat { stride: 1000 }, 1, 1, 1, 300, 16),
+    square(Mask::Causal, 1, 1, 2, 300, 48),
+    square(Mask::Bidirectional, 2, 1, 1, 270, 24),
+    Case { mask: Mask::Causal, b: 1, hkv: 2, group: 2, lq: 2, lk: 700, d: 40 },
+    Case { mask: Mask::Causal, b: 1, hkv: 1, group: 1, lq: 130, lk: 300, d: 8 },
+];
+
+#[test]
+fn long_sequences_agree_with_the_reference() {
+    for (i, c) in LONG.into_iter().enumerate() {
+        check::<f32>(c, 100 + i as u64);
+        check::<f64>(c, 100 + i as u64);
+    }
+    check_all(LONG[0], 7);
+}
+
+#[test]
+fn gradients_match_finite_differences() {
+    let cases = [
+        square(Mask::Cat { stride: 5 }, 2, 2, 2, 13, 6),
+        square(Mask::Bidirectional, 2, 1, 3, 6, 4),
+        Case { mask: Mask::Causal, b: 1, hkv: 2, group: 1, lq: 3, lk: 8, d: 5 },
+        Case { mask: Mask::Causal, b: 1, hkv: 1, group: 2, lq: 9, lk: 140, d: 3 },
+    ];
+    for c in cases {
+        let (inputs, _) = tensors(c, &Data::<f64>::of(c, 3));
+        check_gradients("attention", ops::add_assign, &inputs, GradCheck::default(), |x| {
+            Ok(vec![attention(&x[0], &x[1], &x[2], c.mask, c.scale())?])
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn threads_do_not_matter() {
+    let more = [square(Mask::Bidirectional, 100, 2, 1, 6, 16), square(Mask::Cat { stride: 6 }, 40, 1, 2, 25, 8)];
+    for c in LONG.into_iter().chain(more) {
+        let (inputs, dy) = tensors(c, &Data::<f32>::of(c, 5));
+        let with = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let out = pool.install(|| run(inputs.clone(), &dy, c.mask, c.scale()));
+            out.map(|t| t.to_vec::<f32>().unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>())
+        };
+        assert_eq!(with(1), with(3), "{c:?}");
+    }
+}
+
+/// A row's result depends on its own sequence alone, wherever tasks and tiles are cut.
+#[test]
+fn batch_rows_do_not_matter() {
+    for c in [square(Mask::Cat { stride: 7 }, 3, 2, 2, 100, 16), square(Mask::Bidirectional, 70, 2, 1, 6, 16)] {
+        let (inputs, dy) = tensors(c, &Data::<f32>::of(c, 6));
+        let all = run(inputs.clone(), &dy, c.mask, c.scale());
+        let last = |t: &Tensor| t.narrow(0, c.b - 1, 1).unwrap();
+        let one = run(inputs.each_ref().map(last), &last(&dy), c.mask, c.scale());
+        for (all, one) in all.iter().zip(&one) {
+            assert_eq!(last(all).to_vec::<f32>().unwrap(), one.to_vec::<f32>().unwrap());
+        }
+    }
+}
+
+#[test]
+fn extreme_scores_stay_finite() {
+    let cases = [
+        square(Mask::Cat { stride: 5 }, 1, 1, 1, 33, 4),
+        square(Mask::Causal, 1, 1, 1, 200, 4),
+        square(Mask::Bidirectional, 1, 1, 1, 10, 4),
+        Case { mask: Mask::Causal, b: 1, hkv: 1, group: 1, lq: 1, lk: 200, d: 4 },
+    ];
+    for c in cases {
+        let mut x = Data::<f32>::of(c, 8);
+        // q and k of +-50 in 4 elements: scores of up to 4 * 50 * 50 = 1e4 either way
+        x.q.iter_mut().chain(&mut x.k).for_each(|x| *x = 50f32.copysign(*x));
+        let (inputs, dy) = tensors(c, &x);
+        let got = run(inputs, &dy, c.mask, 1.0);
+        for t in &got {
+            assert!(t.to_vec::<f32>().unwrap().iter().all(|x| x.is_finite()), "{c:?}");
+        }
+        // the scores are whole numbers, exact in f32; only the softmax rounds, and averages of v lie within its range
+        let want = naive::<f64>(c, &x.to(), 1.0, |y| y);
+        assert!(error(&back::<f32>(&got[0]), &want[0]) < 1e-5, "{c:?}");
+    }
+}
+
+#[test]
+fn wrong_shapes_are_errors() {
+    let zeros = |shape: [usize; 4]| Var::constant(Tensor::from_vec(vec![0f32; shape.iter().product()], &shape).unwrap());
+    let fails = |q, k, v, mask| attention(&zeros(q), &zeros(k), &zeros(v), mask, 1.0).unwrap_err().to_string();
+    let ok = [1, 2, 3, 4];
+    let cat = Mask::Cat { stride: 2 };
+    for bad in [[2, 2, 3, 4], [1, 2, 3, 5], [1, 3, 3, 4], [1, 0, 3, 4]] {
+        assert!(fails(ok, bad, bad, Mask::Bidirectional).starts_with("attention: "));
+    }
+    assert!(fails(ok, ok, [1, 2, 4, 4], Mask::Bidirectional).contains("[B, Hkv, Lk, d]"));
+    assert!(fails(ok, [1, 2, 2, 4], [1, 2, 2, 4], Mask::Causal).contains("2 for 3"));
+    assert!(fails(ok, [1, 2, 5, 4], [1, 2, 5, 4], cat).contains("5 for 3"));
+    assert!(fails(ok, ok, ok, Mask::Cat { stride: 0 }).contains("stride"));
+    assert!(fails(ok, [1, 2, 0, 4], [1, 2, 0, 4], Mask::Bidirectional).contains("key"));
+    let (flat, half) =
+        (Tensor::from_vec(vec![0f32; 4], &[4]).unwrap(), Tensor::from_vec(vec![bf16::ZERO; 24], &ok).unwrap());
+    assert!(attention(&flat.into(), &zeros(ok), &zeros(ok), cat, 1.0).is_err());
+    assert!(attention(&half.into(), &zeros(ok), &zeros(ok), cat, 1.0).unwrap_err().to_string().contains("bf16"));
+    let ids = Var::constant(Tensor::from_vec(vec![0i64; 24], &ok).unwrap());
+    assert!(attention(&ids, &ids, &ids, cat, 1.0).unwrap_err().to_string().contains("float"));
+}
+
+#[test]
+fn nothing_in_gives_nothing_out() {
+    let empty = |shape: [usize; 4]| Tensor::from_vec(vec![0f32; shape.iter().product()], &shape).unwrap();
+    for (q, k) in [
+        ([0, 2, 3, 4], [0, 2, 3, 4]),
+        ([2, 0, 3, 4], [2, 0, 3, 4]),
+        ([2, 2, 0, 4], [2, 1, 3, 4]),
+        ([2, 2, 0, 4], [2, 2, 0, 4]),
+        ([2, 2, 3, 0], [2, 2, 3, 0]),
+    ] {
+        for mask in [Mask::Causal, Mask::Bidirectional, Mask::Cat { stride: 2 }] {
+            if matches!(mask, Mask::Cat { .. }) && q[2] != k[2] {
+                continue;
+            }
+            let [y, dq, dk, dv] = run([empty(q), empty(k), empty(k)], &empty(q), mask, 1.0);
+            assert_eq!((y.shape(), dq.shape(), dk.shape(), dv.shape()), (&q[..], &q[..], &k[..], &k[..]));
+            assert!(dk.to_vec::<f32>().unwrap().iter().all(|&x| x == 0.0));
+        }
+    }
+}
+
+/// Decoding over a cache gives the last rows of the whole sequence.
+#[test]
+fn causal_is_aligned_to_the_end() {
+    let c = square(Mask::Causal, 2, 2, 2, 90, 16);
+    let (inputs, _) = tensors(c, &Data::<f64>::of(c, 9));
+    let [q, k, v] = inputs.map(Var::constant);
+    let all = no_grad(|| attention(&q, &k, &v, c.mask, c.scale())).unwrap();
+    for n in [1, 2, 3, 4, 7, 60] {
+        let q = ops::narrow(&q, 2, 90 - n, n).unwrap();
+        let some = attention(&q, &k, &v, c.mask, c.scale()).unwrap();
+        let want = all.value().narrow(2, 90 - n, n).unwrap().to_f64_vec().unwrap();
+        assert!(error(&some.value().to_f64_vec().unwrap(), &want) < 1e-14);
+    }
+}
