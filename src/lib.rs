@@ -3,8 +3,10 @@
 #![allow(missing_docs)]
 
 pub mod autograd;
+pub mod data;
 mod error;
 pub mod ops;
+pub mod random;
 pub mod tensor;
 
 pub use error::{Error, Result};
