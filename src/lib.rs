@@ -4,6 +4,7 @@
 
 pub mod autograd;
 mod error;
+pub mod model;
 pub mod ops;
 pub mod tensor;
 
