@@ -5,6 +5,7 @@
 pub mod autograd;
 pub mod data;
 mod error;
+pub mod model;
 pub mod ops;
 pub mod random;
 pub mod tensor;

@@ -11,12 +11,14 @@ pub struct Layout {
     pub(crate) offset: usize,
 }
 
-/// The number of elements of a shape, or an error when it does not fit memory's address range.
+/// The number of elements of a shape, or an error when it does not fit memory's address range. Sizes of 0 count as 1
+/// against that range, since strides are products of the sizes behind them.
 pub fn checked_numel(op: &'static str, shape: &[usize]) -> Result<usize> {
     shape
         .iter()
-        .try_fold(1usize, |n, &d| n.checked_mul(d))
+        .try_fold(1usize, |n, &d| n.checked_mul(d.max(1)))
         .filter(|&n| n <= isize::MAX as usize / 8)
+        .map(|n| if shape.contains(&0) { 0 } else { n })
         .ok_or_else(|| Error::shape(op, format!("shape {shape:?} has too many elements")))
 }
 

@@ -1,0 +1,3 @@
+//! Models: what they are made of and the files they live in.
+
+pub mod formats;
