@@ -1,3 +1,24 @@
-//! Models: what they are made of and the files they live in.
+//! CAT models (`docs/model.md`): configuration, layers, the one [`Cat`], its cache, and checkpoint folders.
+//!
+//! Letters as in [`crate::ops`].
 
+mod cat;
+mod cat_layer;
+mod checkpoint;
+mod compressor;
+mod config;
 pub mod formats;
+mod hf;
+mod kv_cache;
+mod layers;
+mod param;
+mod plan;
+mod sequence;
+
+pub use cat::{Cache, Cat, ForwardOptions, IGNORE_INDEX};
+pub use checkpoint::{Checkpoint, FolderFormat, load, load_config, rename, save, write_json};
+pub use config::{
+    CAT_LAYER_HEAD_DIM, ChunkSizes, LayerType, ModelConfig, ModelType, PRESETS, TransformerConfig, swiglu_width,
+};
+pub use param::{Builder, Init, Param};
+pub use plan::ChunkPlan;

@@ -1,0 +1,105 @@
+//! The command line: parsing and printing only. One file a subcommand.
+//!
+//! Text goes to stdout, statistics and progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
+
+mod bench;
+mod convert;
+mod doctor;
+mod generate;
+mod logits;
+mod parity;
+mod print;
+mod tokenize;
+mod train;
+
+use clap::{Args, Parser, Subcommand};
+use felid::tensor::{DType, Device};
+use felid::{Error, Result};
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+/// A tensor engine for Compress & Attend Transformers: train, generate, inspect, measure.
+#[derive(Parser)]
+#[command(name = "felid", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a model; without arguments, a small adaptive CAT on data/shakespeare.txt
+    Train(train::Train),
+    /// Continue a prompt, chunk by chunk with the compressed cache
+    Generate(generate::Generate),
+    /// Logits (loss, gradients, greedy tokens) of ids in a safetensors file
+    Logits(logits::Logits),
+    /// Compare a model with golden numbers
+    Parity(parity::Parity),
+    /// Turn a model folder into the native or the Hugging Face form
+    Convert(convert::Convert),
+    /// Turn text into token shards, training a tokenizer if wanted
+    Tokenize(tokenize::Tokenize),
+    /// Measure speed
+    Bench(bench::Bench),
+    /// What this machine offers and what is missing
+    Doctor(doctor::Doctor),
+}
+
+/// Where and how to compute.
+#[derive(Args, Clone, Debug)]
+struct Compute {
+    /// Device to run on
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// CPU threads [default: all cores]
+    #[arg(long)]
+    threads: Option<usize>,
+}
+
+impl Compute {
+    /// Apply these settings to the process.
+    fn set(&self) -> Result<Device> {
+        let device = self.device.parse()?;
+        if let Some(n) = self.threads {
+            if n == 0 || n > 4096 {
+                return Err(Error::Usage(format!("--threads {n}: use 1..=4096")));
+            }
+            // fails only when the pool exists already, which no command makes before this
+            let _ = rayon::ThreadPoolBuilder::new().num_threads(n).build_global();
+        }
+        Ok(device)
+    }
+}
+
+fn parse_dtype(s: &str) -> std::result::Result<DType, String> {
+    match s.parse() {
+        Ok(d @ (DType::F32 | DType::BF16 | DType::F16)) => Ok(d),
+        _ => Err("use f32, bf16 or f16".into()),
+    }
+}
+
+pub fn main() -> ExitCode {
+    let color = std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()) && std::io::stderr().is_terminal();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(color).init();
+    let result = match Cli::parse().command {
+        Command::Train(c) => c.run(),
+        Command::Generate(c) => c.run(),
+        Command::Logits(c) => c.run(),
+        Command::Parity(c) => c.run(),
+        Command::Convert(c) => c.run(),
+        Command::Tokenize(c) => c.run(),
+        Command::Bench(c) => c.run(),
+        Command::Doctor(c) => c.run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // whoever read our output has seen enough
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("felid: {e}");
+            ExitCode::from(e.exit_code())
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! Writing to stdout: text as it comes, JSON where a script reads.
+
+use felid::{Error, Result};
+use std::io::Write;
+
+/// Write text to stdout at once.
+pub fn text(s: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(s.as_bytes()).and_then(|()| out.flush()).map_err(stdout_error)
+}
+
+/// Write a line to stdout.
+pub fn line(s: &str) -> Result<()> {
+    text(&format!("{s}\n"))
+}
+
+/// Write a value to stdout as JSON.
+pub fn json(value: &impl serde::Serialize) -> Result<()> {
+    line(&serde_json::to_string_pretty(value).map_err(|e| Error::Config(e.to_string()))?)
+}
+
+fn stdout_error(source: std::io::Error) -> Error {
+    Error::Io { action: "write to", path: "stdout".into(), source }
+}
+
+/// Bytes for people.
+pub fn bytes(n: usize) -> String {
+    const UNITS: [&str; 4] = ["B", "KiB", "MiB", "GiB"];
+    let (mut x, mut unit) = (n as f64, 0);
+    while x >= 1024.0 && unit < 3 {
+        x /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{n} B") } else { format!("{x:.1} {}", UNITS[unit]) }
+}

@@ -1,0 +1,302 @@
+//! The one model: dense, fixed CAT, adaptive CAT, CAT as a layer and hybrids are configurations of it.
+
+use super::cat_layer::CatLayer;
+use super::compressor::Compressor;
+use super::config::{ModelConfig, ModelType};
+use super::kv_cache::LayerCache;
+use super::layers::{Pass, Stack, linear_init};
+use super::param::{Builder, Param};
+use super::plan::ChunkPlan;
+use super::sequence::assemble;
+use crate::autograd::{Var, no_grad};
+use crate::ops::{self, Mask, RopeTable, concat, expand, narrow, reshape};
+use crate::tensor::Tensor;
+use crate::{Error, Result};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Labels with this value are not counted in the loss.
+pub const IGNORE_INDEX: i64 = -100;
+
+/// How to run a forward pass.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ForwardOptions {
+    /// C; the model's (largest) if not given.
+    pub chunk_size: Option<usize>,
+    /// Save only block boundaries, and compute blocks again in backward: less memory, a third more work.
+    pub recompute: bool,
+}
+
+/// A language model over token ids. Cloning shares parameters until one side writes.
+#[derive(Clone, Debug)]
+pub struct Cat {
+    config: ModelConfig,
+    chunks: Option<Chunks>,
+    wte: Param,
+    decoder: Stack,
+    output: Param,
+}
+
+/// What a CAT has beside a dense model (sections 2 and 3).
+#[derive(Clone, Debug)]
+struct Chunks {
+    f: Compressor,
+    dummy_fx: Param,
+    separator: Option<Param>,
+}
+
+impl Cat {
+    /// A model with random weights (spec section 1), the same for the same seed.
+    pub fn new(config: ModelConfig, seed: u64) -> Result<Self> {
+        Self::build(config, Builder::random(seed), Path::new("random weights"))
+    }
+    /// A model with the given weights by native names. Errors name every missing, extra or misshapen tensor at once;
+    /// `path` is what they name as the source.
+    pub fn from_tensors(config: ModelConfig, tensors: BTreeMap<String, Tensor>, path: &Path) -> Result<Self> {
+        Self::build(config, Builder::tensors(tensors), path)
+    }
+    pub(super) fn build(config: ModelConfig, mut builder: Builder, path: &Path) -> Result<Self> {
+        config.check()?;
+        let b = &mut builder;
+        let (d, v) = (config.decoder.dim, config.vocab_rows());
+        let init = linear_init(d);
+        let adaptive = config.model_type == ModelType::CatAdaptive;
+        let chunks = match config.model_type {
+            ModelType::Cat | ModelType::CatAdaptive => Some(Chunks {
+                f: b.at("f", |b| Compressor::new(b, &config))?,
+                dummy_fx: b.param("dummy_fx.weight", &[config.table_rows(), d], init)?,
+                // the checkpoints' spelling
+                separator: adaptive.then(|| b.param("seperator.weight", &[1, d], init)).transpose()?,
+            }),
+            _ => None,
+        };
+        let model = Self {
+            chunks,
+            wte: b.param("wte.weight", &[v, d], init)?,
+            decoder: Stack::new(b, &config.decoder, Some(&config))?,
+            output: b.param("output.weight", &[v, d], init)?,
+            config,
+        };
+        builder.finish(path)?;
+        Ok(model)
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+    /// All parameters, in a fixed order.
+    pub fn params_mut(&mut self) -> Vec<&mut Param> {
+        let mut out = Vec::new();
+        if let Some(c) = &mut self.chunks {
+            c.f.collect(&mut out);
+            out.push(&mut c.dummy_fx);
+            out.extend(&mut c.separator);
+        }
+        out.push(&mut self.wte);
+        self.decoder.collect(&mut out);
+        out.push(&mut self.output);
+        out
+    }
+    /// Handles to all parameters, in the order of [`Cat::params_mut`].
+    pub fn params(&self) -> Vec<Param> {
+        let mut shared = self.clone();
+        shared.params_mut().into_iter().map(|p| p.clone()).collect()
+    }
+    /// Number of parameters.
+    pub fn numel(&self) -> usize {
+        self.params().iter().map(|p| p.value().numel()).sum()
+    }
+
+    // ---- whole sequences ----
+
+    /// Logits over V for each position: ids `[B, N]` -> `[B, N, V]`. Row t predicts token t+1.
+    pub fn logits(&self, ids: &Tensor, options: ForwardOptions) -> Result<Var> {
+        ops::linear(&self.hidden(ids, options)?, &self.output, None)
+    }
+    /// Mean cross-entropy, in nats: ids and labels `[B, N]` -> a scalar. Labels are the next tokens already;
+    /// [`IGNORE_INDEX`] is not counted. Never holds all logits.
+    pub fn loss(&self, ids: &Tensor, labels: &Tensor, options: ForwardOptions) -> Result<Var> {
+        if labels.shape() != ids.shape() {
+            return Err(Error::shape("loss", format!("labels {:?} do not fit ids {:?}", labels.shape(), ids.shape())));
+        }
+        ops::linear_cross_entropy(&self.hidden(ids, options)?, &self.output, labels, IGNORE_INDEX)
+    }
+    /// The decoder's normed output, ids `[B, N]` -> `[B, N, D]`.
+    pub fn hidden(&self, ids: &Tensor, options: ForwardOptions) -> Result<Var> {
+        let (_, n) = self.check_ids(ids, 0)?;
+        let chunk = self.config.resolve_chunk_size(options.chunk_size)?;
+        let (x, mut pass) = match self.plan(chunk, n) {
+            Some(plan) if self.chunks.is_some() => {
+                let tokens = ops::embedding(ids, &self.wte)?;
+                let slots = self.slots(ids, plan.full_chunks(), chunk, options.recompute)?;
+                let x = assemble(&plan, &slots, self.separator(), &tokens)?;
+                let mut pass = Pass::new(self.rope(&plan.positions())?, plan.mask());
+                pass.keep = Some(plan.outputs());
+                (x, pass)
+            }
+            plan => (ops::embedding(ids, &self.wte)?, self.token_pass(plan, 0, n)?),
+        };
+        pass.recompute = options.recompute;
+        self.decoder.forward(&x, &pass)
+    }
+
+    /// The layout of N tokens in chunks; `None` for a dense model.
+    fn plan(&self, chunk: usize, tokens: usize) -> Option<ChunkPlan> {
+        let header = match self.config.model_type {
+            ModelType::Transformer => return None,
+            ModelType::CatAdaptive => 2,
+            ModelType::Cat | ModelType::CatLayer => 1,
+        };
+        Some(ChunkPlan { chunk, header, tokens })
+    }
+    /// A pass over plain tokens at positions `from..from+n` (dense models and `cat_layer` ones).
+    fn token_pass(&self, layer_plan: Option<ChunkPlan>, from: usize, n: usize) -> Result<Pass> {
+        let positions: Vec<usize> = (from..from + n).collect();
+        let mut pass = Pass::new(self.rope(&positions)?, Mask::Causal);
+        pass.layer_plan = match layer_plan {
+            Some(plan) => Some((plan, CatLayer::rope(&self.config, &plan.positions())?)),
+            None => None,
+        };
+        Ok(pass)
+    }
+    fn rope(&self, positions: &[usize]) -> Result<RopeTable> {
+        RopeTable::new(positions, self.config.decoder.head_dim(), self.config.decoder.rope_base)
+    }
+    fn separator(&self) -> Option<&Var> {
+        self.chunks.as_ref().and_then(|c| c.separator.as_deref())
+    }
+    /// dummy_fx and the representations of the first `k` chunks: `[B, k+1, D]`.
+    fn slots(&self, ids: &Tensor, k: usize, chunk: usize, recompute: bool) -> Result<Var> {
+        let Some(c) = &self.chunks else { return Err(Error::config("a dense model has no chunks")) };
+        let (b, d) = (ids.dim(0), self.config.decoder.dim);
+        let row = self.config.table_row(chunk);
+        let dummy = expand(&reshape(&narrow(&c.dummy_fx, 0, row, 1)?, &[1, 1, d])?, &[b, 1, d])?;
+        if k == 0 {
+            return Ok(dummy);
+        }
+        let fx = c.f.forward(&ids.narrow(1, 0, k * chunk)?, chunk, row, 0, recompute)?;
+        concat(&[&dummy, &fx], 1)
+    }
+    /// (B, N) of ids, checked: rank 2, int64, not empty, `before + N` within block_size.
+    fn check_ids(&self, ids: &Tensor, before: usize) -> Result<(usize, usize)> {
+        let &[b, n] = ids.shape() else {
+            return Err(Error::shape("model", format!("ids must be [batch, tokens], got {:?}", ids.shape())));
+        };
+        if b == 0 || n == 0 {
+            return Err(Error::empty("the input", "give at least one token"));
+        }
+        if before + n > self.config.block_size {
+            return Err(Error::Length { len: before + n, block_size: self.config.block_size });
+        }
+        Ok((b, n))
+    }
+
+    // ---- with a cache (spec section 5) ----
+
+    /// Read a prompt, ids `[B, P]`: the logits of the next token, `[B, V]`, and the cache to go on with, which has room
+    /// for `P + more` tokens.
+    pub fn prefill(&self, ids: &Tensor, chunk_size: Option<usize>, more: usize) -> Result<(Tensor, Cache)> {
+        let (b, n) = self.check_ids(ids, 0)?;
+        let chunk = self.config.resolve_chunk_size(chunk_size)?;
+        let total = (n + more).min(self.config.block_size);
+        let mut cache = Cache { chunk, tokens: n, pending: None, layers: Vec::new() };
+        no_grad(|| {
+            let plan = self.plan(chunk, n);
+            let rows = match &self.chunks {
+                Some(_) => total / chunk + 1 + chunk + 1,
+                None => total,
+            };
+            cache.layers = self.decoder.blocks.iter().map(|l| l.new_cache(b, rows, total, chunk)).collect::<Result<_>>()?;
+            let (x, mut pass, slots) = match plan {
+                Some(plan) if self.chunks.is_some() => {
+                    // slots see slots, the open block's rows see slots and one another: nothing else need be computed
+                    let (k, full) = (plan.full_chunks(), plan.full_chunks() * chunk);
+                    let slots = self.slots(ids, k, chunk, false)?;
+                    let mut parts = vec![slots];
+                    parts.extend(self.separator_rows(b)?);
+                    if plan.tail() > 0 {
+                        let tail = ids.narrow(1, full, plan.tail())?;
+                        parts.push(ops::embedding(&tail, &self.wte)?);
+                        cache.pending = Some(tail.copy()?);
+                    }
+                    let positions: Vec<usize> = (0..=k).map(|_| 0).chain(1..plan.header + plan.tail()).collect();
+                    let x = concat(&parts.iter().collect::<Vec<_>>(), 1)?;
+                    (x, Pass::new(self.rope(&positions)?, Mask::Causal), k + 1)
+                }
+                plan => (ops::embedding(ids, &self.wte)?, self.token_pass(plan, 0, n)?, 0),
+            };
+            pass.keep = Some(vec![x.shape()[1] - 1]);
+            let h = self.decoder.forward_cached(&x, &pass, &mut cache.layers, slots)?;
+            Ok((self.last_logits(&h)?, cache))
+        })
+    }
+
+    /// Append one token a row, ids `[B]`: the logits of the next, `[B, V]`.
+    pub fn step(&self, ids: &Tensor, cache: &mut Cache) -> Result<Tensor> {
+        let ids = ids.reshape(&[ids.numel(), 1])?;
+        let (b, _) = self.check_ids(&ids, cache.tokens)?;
+        no_grad(|| {
+            let plan = self.plan(cache.chunk, 1);
+            let (x, mut pass, slots) = match (&self.chunks, plan) {
+                (Some(c), Some(plan)) => {
+                    let pending = match cache.pending.take() {
+                        Some(p) => ops::concat(&[&p.into(), &ids.clone().into()], 1)?.into_value(),
+                        None => ids.clone(),
+                    };
+                    let n = pending.dim(1);
+                    if n == plan.chunk {
+                        // the block is full: its last token need not run, the representation takes its place
+                        let row = self.config.table_row(plan.chunk);
+                        let fx = c.f.forward(&pending, plan.chunk, row, cache.tokens / plan.chunk, false)?;
+                        let mut parts = vec![fx];
+                        parts.extend(self.separator_rows(b)?);
+                        let positions: Vec<usize> = (0..plan.header).collect();
+                        let x = concat(&parts.iter().collect::<Vec<_>>(), 1)?;
+                        (x, Pass::new(self.rope(&positions)?, Mask::Causal), 1)
+                    } else {
+                        cache.pending = Some(pending);
+                        let position = [plan.header - 1 + n];
+                        (ops::embedding(&ids, &self.wte)?, Pass::new(self.rope(&position)?, Mask::Causal), 0)
+                    }
+                }
+                (_, layer_plan) => (ops::embedding(&ids, &self.wte)?, self.token_pass(layer_plan, cache.tokens, 1)?, 0),
+            };
+            pass.keep = Some(vec![x.shape()[1] - 1]);
+            let h = self.decoder.forward_cached(&x, &pass, &mut cache.layers, slots)?;
+            cache.tokens += 1;
+            self.last_logits(&h)
+        })
+    }
+
+    /// The separator for each row of a batch, `[B, 1, D]`, in models that have one.
+    fn separator_rows(&self, batch: usize) -> Result<Option<Var>> {
+        let d = self.config.decoder.dim;
+        self.separator().map(|s| expand(&reshape(s, &[1, 1, d])?, &[batch, 1, d])).transpose()
+    }
+    /// `[B, 1, D]` -> `[B, V]`.
+    fn last_logits(&self, h: &Var) -> Result<Tensor> {
+        let y = ops::linear(h, &self.output, None)?.into_value();
+        y.reshape(&[y.dim(0), y.last_dim()])
+    }
+}
+
+/// What generation keeps of the past (spec section 5).
+#[derive(Clone, Debug)]
+pub struct Cache {
+    chunk: usize,
+    tokens: usize,
+    /// Ids of the block that is not full yet, `[B, n]`.
+    pending: Option<Tensor>,
+    layers: Vec<LayerCache>,
+}
+
+impl Cache {
+    /// Tokens read so far.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(LayerCache::bytes).sum()
+    }
+}

@@ -1,0 +1,81 @@
+//! The compressor `f`: a small bidirectional transformer that turns each chunk of tokens into one vector (spec sections
+//! 2 and 3).
+
+use super::config::{ModelConfig, ModelType};
+use super::layers::{Pass, Stack, linear_init};
+use super::param::{Builder, Param};
+use crate::autograd::Var;
+use crate::ops::{self, Mask, RopeTable, concat, expand, narrow, reshape};
+use crate::tensor::Tensor;
+use crate::{Error, Result};
+
+/// Chunks of ids -> representations. Chunks do not see one another.
+#[derive(Clone, Debug)]
+pub struct Compressor {
+    wte: Param,
+    pos_tokens: Param,
+    /// One row a chunk size, in the adaptive model.
+    adaptive_token: Option<Param>,
+    stack: Stack,
+    proj_fx: Param,
+    head_dim: usize,
+    rope_base: f64,
+}
+
+impl Compressor {
+    pub fn new(b: &mut Builder, m: &ModelConfig) -> Result<Self> {
+        let (Some(c), Some(chunk)) = (&m.compressor, m.chunk_size) else {
+            return Err(Error::config("a CAT needs compressor and chunk_size"));
+        };
+        let init = linear_init(c.dim);
+        let adaptive = m.model_type == ModelType::CatAdaptive;
+        let positions = if adaptive { m.block_size } else { m.block_size / chunk };
+        Ok(Self {
+            wte: b.param("wte.weight", &[m.vocab_rows(), c.dim], init)?,
+            pos_tokens: b.param("pos_tokens.weight", &[positions, c.dim], init)?,
+            adaptive_token: match adaptive {
+                true => Some(b.param("adaptive_token.weight", &[m.table_rows(), c.dim], init)?),
+                false => None,
+            },
+            stack: Stack::new(b, c, None)?,
+            proj_fx: b.param("proj_fx.weight", &[m.decoder.dim, chunk * c.dim], init)?,
+            head_dim: c.head_dim(),
+            rope_base: c.rope_base,
+        })
+    }
+
+    /// ids `[B, K*C]` -> `[B, K, D]`. `row` is the chunk size's row in the adaptive table; `first` the index of the
+    /// first chunk in its text.
+    pub fn forward(&self, ids: &Tensor, chunk: usize, row: usize, first: usize, recompute: bool) -> Result<Var> {
+        let (b, k) = (ids.dim(0), ids.dim(1) / chunk);
+        let d = self.wte.shape()[1];
+        let tokens = reshape(&ops::embedding(ids, &self.wte)?, &[b, k, chunk, d])?;
+        let place = narrow(&self.pos_tokens, 0, first, k)?;
+        let place = expand(&reshape(&place, &[1, k, 1, d])?, &[b, k, 1, d])?;
+        let mut parts = Vec::with_capacity(3);
+        if let Some(table) = &self.adaptive_token {
+            parts.push(expand(&reshape(&narrow(table, 0, row, 1)?, &[1, 1, 1, d])?, &[b, k, 1, d])?);
+        }
+        parts.push(place);
+        parts.push(tokens);
+        let header = parts.len() - 1;
+        let len = header + chunk;
+        let x = reshape(&concat(&parts.iter().collect::<Vec<_>>(), 2)?, &[b * k, len, d])?;
+        let positions: Vec<usize> = (0..len).collect();
+        let mut pass = Pass::new(RopeTable::new(&positions, self.head_dim, self.rope_base)?, Mask::Bidirectional);
+        pass.keep = Some((header..len).collect());
+        pass.recompute = recompute;
+        let flat = reshape(&self.stack.forward(&x, &pass)?, &[b, k, chunk * d])?;
+        if self.proj_fx.shape()[1] == chunk * d {
+            return ops::linear(&flat, &self.proj_fx, None);
+        }
+        ops::linear(&flat, &ops::interpolate(&self.proj_fx, 1, chunk * d)?, None)
+    }
+
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Param>) {
+        out.extend([&mut self.wte, &mut self.pos_tokens]);
+        out.extend(&mut self.adaptive_token);
+        self.stack.collect(out);
+        out.push(&mut self.proj_fx);
+    }
+}

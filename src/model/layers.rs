@@ -1,0 +1,330 @@
+//! The building blocks of every model (spec section 1): attention, SwiGLU, and the pre-norm block around them.
+
+use super::cat_layer::CatLayer;
+use super::config::{LayerType, ModelConfig, TransformerConfig};
+use super::kv_cache::{KvCache, LayerCache};
+use super::param::{Builder, Init, Param};
+use super::plan::ChunkPlan;
+use crate::Result;
+use crate::autograd::{Var, recompute};
+use crate::ops::{self, Mask, RopeTable};
+
+/// Initial scale of linear and embedding weights: `sqrt(2 / (5 dim))`.
+pub(super) fn linear_init(dim: usize) -> Init {
+    Init::Normal((2.0 / (5.0 * dim as f64)).sqrt())
+}
+/// Initial scale of the projections that write to the residual stream: `1 / (sqrt(dim) n_layer)`.
+fn residual_init(dim: usize, n_layer: usize) -> Init {
+    Init::Normal(1.0 / ((dim as f64).sqrt() * n_layer as f64))
+}
+
+/// RMSNorm's weight and eps.
+#[derive(Clone, Debug)]
+pub struct Norm {
+    pub weight: Param,
+    pub eps: f64,
+}
+
+impl Norm {
+    pub fn new(b: &mut Builder, name: &str, dim: usize, eps: f64) -> Result<Self> {
+        Ok(Self { weight: b.param(&format!("{name}.weight"), &[dim], Init::Ones)?, eps })
+    }
+    pub fn forward(&self, x: &Var) -> Result<Var> {
+        ops::rms_norm(x, &self.weight, self.eps)
+    }
+    /// `h = x + residual`: (norm(h), h).
+    pub fn add_forward(&self, x: &Var, residual: &Var) -> Result<(Var, Var)> {
+        ops::add_rms_norm(x, residual, &self.weight, self.eps)
+    }
+}
+
+/// Sizes of one attention.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionShape {
+    /// Width of its input and output.
+    pub dim: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub n_layer: usize,
+}
+
+/// Multi-head attention with RoPE, optional QK-norm and grouped queries.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    shape: AttentionShape,
+    wqkv: Param,
+    wqkv_bias: Option<Param>,
+    wo: Param,
+    qk_norm: Option<(Norm, Norm)>,
+}
+
+impl Attention {
+    pub fn new(b: &mut Builder, shape: AttentionShape, c: &TransformerConfig) -> Result<Self> {
+        let AttentionShape { dim, heads, kv_heads, head_dim: d, n_layer } = shape;
+        let rows = (heads + 2 * kv_heads) * d;
+        let eps = c.qk_norm_eps.unwrap_or(c.norm_eps);
+        Ok(Self {
+            shape,
+            wqkv: b.param("wqkv.weight", &[rows, dim], linear_init(dim))?,
+            wqkv_bias: c.qkv_bias.then(|| b.param("wqkv.bias", &[rows], Init::Zeros)).transpose()?,
+            wo: b.param("wo.weight", &[dim, heads * d], residual_init(dim, n_layer))?,
+            qk_norm: match c.use_qk_norm {
+                true => Some((Norm::new(b, "q_norm", d, eps)?, Norm::new(b, "k_norm", d, eps)?)),
+                false => None,
+            },
+        })
+    }
+
+    /// x `[B, L, D]` -> q `[B, H, L, d]`, k and v `[B, Hkv, L, d]`, normed and turned.
+    fn qkv(&self, x: &Var, rope: &RopeTable) -> Result<[Var; 3]> {
+        let AttentionShape { heads, kv_heads, head_dim: d, .. } = self.shape;
+        let (b, l) = (x.shape()[0], x.shape()[1]);
+        let joint = ops::linear(x, &self.wqkv, self.wqkv_bias.as_deref())?;
+        let parts = ops::split(&joint, 2, &[heads * d, kv_heads * d, kv_heads * d])?;
+        let part = |i: usize, heads: usize, norm: Option<&Norm>| -> Result<Var> {
+            let t = ops::reshape(&parts[i], &[b, l, heads, d])?;
+            let t = norm.map_or(Ok(t.clone()), |n| n.forward(&t))?;
+            ops::transpose(&t, 1, 2)
+        };
+        let (q_norm, k_norm) = (self.qk_norm.as_ref().map(|n| &n.0), self.qk_norm.as_ref().map(|n| &n.1));
+        let q = ops::rope(&part(0, heads, q_norm)?, rope)?;
+        let k = ops::rope(&part(1, kv_heads, k_norm)?, rope)?;
+        Ok([q, k, part(2, kv_heads, None)?])
+    }
+
+    /// x `[B, L, D]` -> `[B, L', D]`: all rows, or those listed in `keep`.
+    ///
+    /// With a cache, x are new rows, the first `new_slots` of them chunk representations; they attend to what the
+    /// cache keeps and to one another causally, and `mask` is not used.
+    pub fn forward(
+        &self,
+        x: &Var,
+        rope: &RopeTable,
+        mask: Mask,
+        keep: Option<&[usize]>,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Result<Var> {
+        let [q, mut k, mut v] = self.qkv(x, rope)?;
+        let mut mask = mask;
+        if let Some((cache, new_slots)) = cache {
+            let (keys, values) = cache.append(k.value(), v.value(), new_slots)?;
+            (k, v, mask) = (keys.into(), values.into(), Mask::Causal);
+        }
+        let mixed = ops::attention(&q, &k, &v, mask, 1.0 / (self.shape.head_dim as f64).sqrt())?;
+        self.project(&mixed, keep)
+    }
+
+    /// As [`Attention::forward`] over a whole sequence, filling an empty cache with what decoding on needs: the rows in
+    /// `slots`, and the rows after the last of them.
+    pub fn forward_filling(&self, x: &Var, rope: &RopeTable, plan: &ChunkPlan, cache: &mut KvCache) -> Result<Var> {
+        let [q, k, v] = self.qkv(x, rope)?;
+        let slots = plan.slots();
+        let kept: Vec<usize> = slots.iter().copied().chain(slots[slots.len() - 1] + 1..plan.len()).collect();
+        let [ck, cv] = [ops::index_select(&k, 2, &kept)?, ops::index_select(&v, 2, &kept)?];
+        cache.append(ck.value(), cv.value(), slots.len())?;
+        let mixed = ops::attention(&q, &k, &v, plan.mask(), 1.0 / (self.shape.head_dim as f64).sqrt())?;
+        self.project(&mixed, Some(&plan.outputs()))
+    }
+
+    /// `[B, H, L, d]` -> `wo` of the kept rows, `[B, L', D]`.
+    fn project(&self, mixed: &Var, keep: Option<&[usize]>) -> Result<Var> {
+        let mixed = ops::transpose(mixed, 1, 2)?;
+        let (b, l) = (mixed.shape()[0], mixed.shape()[1]);
+        let mixed = ops::reshape(&mixed, &[b, l, self.shape.heads * self.shape.head_dim])?;
+        ops::linear(&kept(&mixed, keep)?, &self.wo, None)
+    }
+
+    pub fn new_cache(&self, batch: usize, rows: usize) -> Result<KvCache> {
+        KvCache::new(batch, self.shape.kv_heads, rows, self.shape.head_dim, self.wqkv.value())
+    }
+
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Param>) {
+        out.push(&mut self.wqkv);
+        out.extend(&mut self.wqkv_bias);
+        out.push(&mut self.wo);
+        if let Some((q, k)) = &mut self.qk_norm {
+            out.extend([&mut q.weight, &mut k.weight]);
+        }
+    }
+}
+
+/// The rows of `[B, L, D]` listed in `keep`, or all.
+fn kept(x: &Var, keep: Option<&[usize]>) -> Result<Var> {
+    keep.map_or_else(|| Ok(x.clone()), |rows| ops::index_select(x, 1, rows))
+}
+
+/// `proj(silu(fc_1 x) * fc_2 x)`.
+#[derive(Clone, Debug)]
+pub struct FeedForward {
+    fc_1: Param,
+    fc_2: Param,
+    proj: Param,
+}
+
+impl FeedForward {
+    fn new(b: &mut Builder, c: &TransformerConfig) -> Result<Self> {
+        let (d, m) = (c.dim, c.ffn_width());
+        Ok(Self {
+            fc_1: b.param("fc_1.weight", &[m, d], linear_init(d))?,
+            fc_2: b.param("fc_2.weight", &[m, d], linear_init(d))?,
+            proj: b.param("proj.weight", &[d, m], residual_init(d, c.n_layer))?,
+        })
+    }
+    fn forward(&self, x: &Var) -> Result<Var> {
+        let hidden = ops::swiglu(&ops::linear(x, &self.fc_1, None)?, &ops::linear(x, &self.fc_2, None)?)?;
+        ops::linear(&hidden, &self.proj, None)
+    }
+}
+
+/// What mixes tokens in a block.
+#[derive(Clone, Debug)]
+pub enum Mixer {
+    Dense(Attention),
+    Cat(Box<CatLayer>),
+}
+
+/// `h = x + mixer(attention_norm(x)); out = h + feed_forward(ffn_norm(h))`.
+#[derive(Clone, Debug)]
+pub struct Block {
+    attention_norm: Norm,
+    mixer: Mixer,
+    ffn_norm: Norm,
+    feed_forward: FeedForward,
+}
+
+/// What one pass through a stack of blocks has in common.
+#[derive(Clone, Debug)]
+pub struct Pass {
+    pub rope: RopeTable,
+    pub mask: Mask,
+    /// The rows wanted after the last block; the others are left out as soon as nobody needs them.
+    pub keep: Option<Vec<usize>>,
+    /// The layout inside CAT layers.
+    pub layer_plan: Option<(ChunkPlan, RopeTable)>,
+    /// Save only block boundaries, and compute blocks again in backward.
+    pub recompute: bool,
+}
+
+impl Pass {
+    pub fn new(rope: RopeTable, mask: Mask) -> Self {
+        Self { rope, mask, keep: None, layer_plan: None, recompute: false }
+    }
+}
+
+/// A stack of blocks and the norm after it: the decoder, or the compressor.
+#[derive(Clone, Debug)]
+pub struct Stack {
+    pub blocks: Vec<Block>,
+    pub norm: Norm,
+}
+
+impl Stack {
+    /// `model` is given for the decoder, whose layers may be of several types.
+    pub fn new(b: &mut Builder, c: &TransformerConfig, model: Option<&ModelConfig>) -> Result<Self> {
+        let shape = AttentionShape {
+            dim: c.dim,
+            heads: c.n_head,
+            kv_heads: c.kv_heads(),
+            head_dim: c.head_dim(),
+            n_layer: c.n_layer,
+        };
+        let block = |b: &mut Builder, i: usize| -> Result<Block> {
+            Ok(Block {
+                attention_norm: Norm::new(b, "attention_norm", c.dim, c.norm_eps)?,
+                mixer: match model {
+                    Some(m) if m.layer_type(i) == LayerType::Cat => {
+                        Mixer::Cat(Box::new(b.at("attention", |b| CatLayer::new(b, m))?))
+                    }
+                    _ => Mixer::Dense(b.at("attention", |b| Attention::new(b, shape, c))?),
+                },
+                ffn_norm: Norm::new(b, "ffn_norm", c.dim, c.norm_eps)?,
+                feed_forward: b.at("feed_forward", |b| FeedForward::new(b, c))?,
+            })
+        };
+        let blocks = (0..c.n_layer).map(|i| b.at(format!("layers.{i}"), |b| block(b, i))).collect::<Result<_>>()?;
+        Ok(Self { blocks, norm: Norm::new(b, "norm", c.dim, c.norm_eps)? })
+    }
+
+    /// x `[B, L, D]` -> the normed output `[B, L', D]`, L' = L or the number of kept rows.
+    ///
+    /// Each norm is fused with the residual add before it, so blocks hand on the pair (normed, residual stream).
+    pub fn forward(&self, x: &Var, pass: &Pass) -> Result<Var> {
+        let Some(first) = self.blocks.first() else { return self.norm.forward(x) };
+        let (mut n, mut h) = (first.attention_norm.forward(x)?, x.clone());
+        for (i, block) in self.blocks.iter().enumerate() {
+            let last = i + 1 == self.blocks.len();
+            let next = self.blocks.get(i + 1).map_or(&self.norm, |b| &b.attention_norm);
+            if pass.recompute {
+                let (block, next, pass) = (block.clone(), next.clone(), pass.clone());
+                let out = recompute(&[&n, &h], move |v| {
+                    let (n, h) = block.forward(&v[0], &v[1], &next, &pass, last, None)?;
+                    Ok(vec![n, h])
+                })?;
+                (n, h) = (out[0].clone(), out[1].clone());
+            } else {
+                (n, h) = block.forward(&n, &h, next, pass, last, None)?;
+            }
+        }
+        Ok(n)
+    }
+
+    /// As [`Stack::forward`] for new rows, of which the first `new_slots` are chunk representations, after what the
+    /// caches hold (one a block).
+    pub fn forward_cached(&self, x: &Var, pass: &Pass, caches: &mut [LayerCache], new_slots: usize) -> Result<Var> {
+        let Some(first) = self.blocks.first() else { return self.norm.forward(x) };
+        let (mut n, mut h) = (first.attention_norm.forward(x)?, x.clone());
+        for (i, (block, cache)) in self.blocks.iter().zip(caches).enumerate() {
+            let next = self.blocks.get(i + 1).map_or(&self.norm, |b| &b.attention_norm);
+            (n, h) = block.forward(&n, &h, next, pass, i + 1 == self.blocks.len(), Some((cache, new_slots)))?;
+        }
+        Ok(n)
+    }
+
+    pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Param>) {
+        for b in &mut self.blocks {
+            out.push(&mut b.attention_norm.weight);
+            match &mut b.mixer {
+                Mixer::Dense(a) => a.collect(out),
+                Mixer::Cat(c) => c.collect(out),
+            }
+            out.push(&mut b.ffn_norm.weight);
+            out.extend([&mut b.feed_forward.fc_1, &mut b.feed_forward.fc_2, &mut b.feed_forward.proj]);
+        }
+        out.push(&mut self.norm.weight);
+    }
+}
+
+impl Block {
+    /// (normed, residual) -> the same pair for `next`, the norm that follows.
+    fn forward(
+        &self,
+        n: &Var,
+        h: &Var,
+        next: &Norm,
+        pass: &Pass,
+        last: bool,
+        cache: Option<(&mut LayerCache, usize)>,
+    ) -> Result<(Var, Var)> {
+        let keep = if last { pass.keep.as_deref() } else { None };
+        let a = match (&self.mixer, cache) {
+            (Mixer::Dense(a), cache) => {
+                let cache = cache.and_then(|(c, slots)| Some((c.kv()?, slots)));
+                a.forward(n, &pass.rope, pass.mask, keep, cache)?
+            }
+            (Mixer::Cat(c), None) => kept(&c.forward(n, pass)?, keep)?,
+            (Mixer::Cat(c), Some((cache, _))) => kept(&c.forward_cached(n, pass, cache)?, keep)?,
+        };
+        let (n, h) = self.ffn_norm.add_forward(&kept(h, keep)?, &a)?;
+        let f = self.feed_forward.forward(&n)?;
+        next.add_forward(&h, &f)
+    }
+
+    /// An empty cache for this block: `rows` for dense attention; a CAT layer knows its own need.
+    pub fn new_cache(&self, batch: usize, rows: usize, tokens: usize, chunk: usize) -> Result<LayerCache> {
+        match &self.mixer {
+            Mixer::Dense(a) => Ok(LayerCache::Kv(a.new_cache(batch, rows)?)),
+            Mixer::Cat(c) => c.new_cache(batch, tokens, chunk),
+        }
+    }
+}

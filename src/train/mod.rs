@@ -1,0 +1,11 @@
+//! The training loop: micro-batches in turn over chunk sizes, AdamW with warm-up and cosine, validation, and a state
+//! that resumes to the same bits.
+
+mod config;
+mod optimizer;
+mod state;
+mod trainer;
+
+pub use config::{MqarConfig, Task, TrainConfig};
+pub use optimizer::Optimizer;
+pub use trainer::{Source, StepReport, Trainer};

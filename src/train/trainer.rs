@@ -1,0 +1,164 @@
+//! One run: model, optimizer, data, and where it stands.
+
+use super::config::{Task, TrainConfig};
+use super::optimizer::Optimizer;
+use crate::autograd::Gradients;
+use crate::data::{Batch, BatchSampler, Dataset, Mqar, Tokenizer, Windows};
+use crate::eval::{self, Quality};
+use crate::model::{Cat, ForwardOptions};
+use crate::ops::{self, AdamW};
+use crate::tensor::Tensor;
+use crate::{Error, Result};
+use std::time::Instant;
+
+/// Where batches come from.
+#[derive(Debug)]
+pub enum Source {
+    Text { data: Dataset, sampler: BatchSampler },
+    Mqar(Mqar),
+}
+
+impl Source {
+    fn open(c: &TrainConfig, tokenizer: &Tokenizer) -> Result<Self> {
+        match c.task {
+            Task::Mqar => Ok(Self::Mqar(Mqar::new(c.mqar.vocab_size, c.mqar.pairs, c.seq_len, c.seed)?)),
+            Task::Text => Ok(Self::Text {
+                data: Dataset::open(&c.data, tokenizer, c.val_fraction)?,
+                sampler: BatchSampler::new(c.seed, c.batch_size, c.seq_len)?,
+            }),
+        }
+    }
+    /// Micro-batch number `i` of the run: a function of the seed and `i` alone, so `i` is all a checkpoint keeps.
+    fn batch(&self, i: u64, rows: usize) -> Result<Batch> {
+        match self {
+            Self::Text { data, sampler } => sampler.at(&data.train, i),
+            Self::Mqar(task) => task.batch(i, rows),
+        }
+    }
+}
+
+/// What one step did.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct StepReport {
+    pub step: u64,
+    /// Mean cross-entropy of the step's micro-batches, nats a token.
+    pub loss: f64,
+    pub chunk_sizes: Vec<usize>,
+    pub lr: f64,
+    pub grad_norm: f64,
+    pub tokens_per_s: f64,
+    /// Bytes that tensors held at most so far.
+    pub memory: usize,
+}
+
+/// A training run that can be stepped, validated, saved and resumed.
+pub struct Trainer {
+    pub config: TrainConfig,
+    pub model: Cat,
+    pub tokenizer: Tokenizer,
+    pub(super) optimizer: Optimizer,
+    source: Source,
+    round: Vec<Option<usize>>,
+    grads: Gradients,
+    pub(super) step: u64,
+}
+
+impl Trainer {
+    /// Start a run: open the data, draw the weights.
+    pub fn new(config: TrainConfig) -> Result<Self> {
+        let tokenizer = Tokenizer::load(config.tokenizer.as_deref())?;
+        let vocab = match config.task {
+            Task::Text => tokenizer.vocab_size(),
+            Task::Mqar => config.mqar.vocab_size,
+        };
+        let model_config = config.model_config(vocab)?;
+        config.check(&model_config)?;
+        let source = Source::open(&config, &tokenizer)?;
+        let mut model = Cat::new(model_config, config.seed)?;
+        for p in model.params_mut() {
+            *p.value_mut() = ops::cast_tensor(p.value(), config.dtype)?;
+        }
+        let optimizer = Optimizer::new(&model)?;
+        let round = config.round(model.config());
+        Ok(Self { config, model, tokenizer, optimizer, source, round, grads: Gradients::default(), step: 0 })
+    }
+    /// Steps done.
+    pub fn steps_done(&self) -> u64 {
+        self.step
+    }
+    /// Position in the round of chunk sizes: micro-batches done.
+    pub fn micro_steps(&self) -> u64 {
+        self.step * self.config.grad_accum as u64
+    }
+
+    /// One optimizer step.
+    pub fn step(&mut self) -> Result<StepReport> {
+        let start = Instant::now();
+        let c = &self.config;
+        let (accum, first) = (c.grad_accum as u64, self.micro_steps());
+        let (mut loss, mut chunk_sizes) = (0.0, Vec::new());
+        for i in first..first + accum {
+            let chunk_size = self.round[(i % self.round.len() as u64) as usize];
+            let batch = self.source.batch(i, c.batch_size)?;
+            let options = ForwardOptions { chunk_size, recompute: c.recompute };
+            loss += micro_step(&self.model, &batch, options, 1.0 / accum as f64, &mut self.grads)? / accum as f64;
+            chunk_sizes.extend(chunk_size);
+        }
+        if !loss.is_finite() {
+            self.grads.clear();
+            let detail = format!("the loss of step {} is {loss}: lower the rate, or look at the data", self.step + 1);
+            return Err(Error::gradient("train", detail));
+        }
+        let lr = c.rate(self.step);
+        let settings = AdamW { lr, beta1: c.beta1, beta2: c.beta2, eps: c.eps, weight_decay: c.weight_decay };
+        let grad_norm = self.optimizer.step(&mut self.model, &mut self.grads, self.step + 1, &settings, c.clip)?;
+        self.step += 1;
+        let tokens = (c.batch_size * c.seq_len * c.grad_accum) as f64;
+        Ok(StepReport {
+            step: self.step,
+            loss,
+            chunk_sizes,
+            lr,
+            grad_norm,
+            tokens_per_s: tokens / start.elapsed().as_secs_f64(),
+            memory: crate::tensor::memory_stats().peak,
+        })
+    }
+
+    /// Quality on held-out data at each chunk size of the round.
+    pub fn evaluate(&self, windows: usize) -> Result<Vec<(Option<usize>, Quality)>> {
+        let mut sizes = self.round.clone();
+        sizes.sort_unstable();
+        sizes.dedup();
+        sizes.into_iter().map(|chunk| Ok((chunk, self.evaluate_at(chunk, windows)?))).collect()
+    }
+    fn evaluate_at(&self, chunk_size: Option<usize>, windows: usize) -> Result<Quality> {
+        let rows = self.config.batch_size;
+        match &self.source {
+            Source::Text { data, .. } => {
+                let batches = Windows::new(&data.val, rows, self.config.seq_len, Some(windows))?;
+                eval::quality(&self.model, batches, chunk_size)
+            }
+            Source::Mqar(task) => {
+                let task = task.validation();
+                let batches = (0..windows.div_ceil(rows) as u64).map(|i| task.batch(i, rows));
+                eval::quality(&self.model, batches, chunk_size)
+            }
+        }
+    }
+}
+
+/// Forward and backward of one micro-batch: adds `weight` times the gradient to `grads`, returns the loss.
+pub(crate) fn micro_step(
+    model: &Cat,
+    batch: &Batch,
+    options: ForwardOptions,
+    weight: f64,
+    grads: &mut Gradients,
+) -> Result<f64> {
+    let tape = ops::tape();
+    let (ids, labels): (&Tensor, &Tensor) = (&batch.input_ids, &batch.labels);
+    let loss = tape.record(|| model.loss(ids, labels, options))?;
+    tape.backward(&loss, weight, grads)?;
+    loss.value().item()
+}
