@@ -64,7 +64,8 @@ pub struct CaseReport {
 pub fn parity(path: &Path, dtype: DType) -> Result<Vec<CaseReport>> {
     let (model, format, expect) = open(path, dtype)?;
     let at = if path.is_dir() { path.join("expect.safetensors") } else { path.to_path_buf() };
-    let text = expect.metadata.get("cases").ok_or_else(|| Error::format(&at, "no 'cases' in its metadata: not a golden file"))?;
+    let text =
+        expect.metadata.get("cases").ok_or_else(|| Error::format(&at, "no 'cases' in its metadata: not a golden file"))?;
     let cases: Vec<Case> = serde_json::from_str(text).map_err(|e| Error::format(&at, format!("cases: {e}")))?;
     let run = |(i, case)| run_case(&model, format, &expect.tensors, i, case, Bounds::of(dtype), &at);
     cases.into_iter().enumerate().map(run).collect()
@@ -76,7 +77,8 @@ fn open(path: &Path, dtype: DType) -> Result<(Cat, FolderFormat, crate::model::f
         return Ok((checkpoint.model, checkpoint.format, read_safetensors(&path.join("expect.safetensors"))?));
     }
     let file = read_safetensors(path)?;
-    let config = file.metadata.get("config").ok_or_else(|| Error::format(path, "no 'config' in its metadata: not a golden file"))?;
+    let config =
+        file.metadata.get("config").ok_or_else(|| Error::format(path, "no 'config' in its metadata: not a golden file"))?;
     let config = ModelConfig::from_json(config)?;
     let params = file.tensors.iter().filter_map(|(n, t)| Some((n.strip_prefix("param.")?.to_string(), t)));
     let params = params.map(|(n, t)| Ok((n, ops::cast_tensor(t, dtype)?))).collect::<Result<BTreeMap<_, _>>>()?;
@@ -117,7 +119,11 @@ fn run_case(
     let generated_agree = match find("generated") {
         None => None,
         Some(want) => {
-            let options = GenerateOptions { max_new_tokens: want.shape().last().copied().unwrap_or(0), chunk_size, ..Default::default() };
+            let options = GenerateOptions {
+                max_new_tokens: want.shape().last().copied().unwrap_or(0),
+                chunk_size,
+                ..Default::default()
+            };
             Some(generate(model, ids, options)?.to_vec::<i64>()? == want.to_vec::<i64>()?)
         }
     };

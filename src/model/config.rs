@@ -102,7 +102,9 @@ impl TransformerConfig {
         let fail = |why: String| Err(Error::config(format!("{what}: {why}")));
         let sizes = [self.dim, self.n_layer, self.n_head, self.kv_heads(), self.ffn_width()];
         if sizes.iter().any(|&n| n == 0 || n > MAX_SIZE) {
-            return fail(format!("dim, n_layer, n_head, n_local_heads, intermediate_size = {sizes:?} must be 1..={MAX_SIZE}"));
+            return fail(format!(
+                "dim, n_layer, n_head, n_local_heads, intermediate_size = {sizes:?} must be 1..={MAX_SIZE}"
+            ));
         }
         if !self.dim.is_multiple_of(self.n_head) || !self.head_dim().is_multiple_of(2) {
             return fail(format!("dim {} must split into {} heads of even width", self.dim, self.n_head));
@@ -225,7 +227,9 @@ impl ModelConfig {
             (None, ..) => vec![],
             (Some(c), false, _) => vec![c],
             (Some(max), true, ChunkSizes::Any) => (1..=max).collect(),
-            (Some(max), true, ChunkSizes::PowersOfTwo) => (0..usize::BITS).map(|p| 1 << p).take_while(|&c| c <= max).collect(),
+            (Some(max), true, ChunkSizes::PowersOfTwo) => {
+                (0..usize::BITS).map(|p| 1 << p).take_while(|&c| c <= max).collect()
+            }
         }
     }
     /// The sizes that training goes round (spec section 3): 4, 8, .., `chunk_size`, or the only one there is. `[0]` for
@@ -274,7 +278,10 @@ impl ModelConfig {
         self.decoder.check("decoder")?;
         let v = self.vocab_rows();
         if self.vocab_size == 0 || self.block_size == 0 || v > MAX_SIZE || self.block_size > MAX_SIZE {
-            return fail(format!("vocab_size {} and block_size {} must be 1..={MAX_SIZE}", self.vocab_size, self.block_size));
+            return fail(format!(
+                "vocab_size {} and block_size {} must be 1..={MAX_SIZE}",
+                self.vocab_size, self.block_size
+            ));
         }
         if v < self.vocab_size {
             return fail(format!("padded_vocab_size {v} is below vocab_size {}", self.vocab_size));
@@ -310,7 +317,9 @@ impl ModelConfig {
             && (types.len() != self.decoder.n_layer || self.model_type != ModelType::CatLayer)
         {
             let (n, l) = (types.len(), self.decoder.n_layer);
-            return fail(format!("layer_types has {n} entries: it needs model_type cat_layer and one for each of {l} layers"));
+            return fail(format!(
+                "layer_types has {n} entries: it needs model_type cat_layer and one for each of {l} layers"
+            ));
         }
         Ok(())
     }

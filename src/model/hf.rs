@@ -19,14 +19,17 @@ pub(super) fn is_hf(config: &Map<String, Value>) -> bool {
 
 /// The native form of a Hugging Face config.
 pub(super) fn config_from_hf(c: &Map<String, Value>) -> Result<ModelConfig> {
-    let bad = |key: &str, want: &str| Error::config(format!("{key}: expected {want}, found {}", c.get(key).unwrap_or(&Value::Null)));
+    let bad = |key: &str, want: &str| {
+        Error::config(format!("{key}: expected {want}, found {}", c.get(key).unwrap_or(&Value::Null)))
+    };
     let present = |key: &str| c.get(key).filter(|v| !v.is_null());
     let size_or = |key: &str, default: usize| match present(key) {
         None => Ok(default),
         Some(v) => v.as_u64().map(|n| n as usize).ok_or_else(|| bad(key, "a whole number")),
     };
     let size = |key: &str| present(key).ok_or_else(|| bad(key, "a whole number")).and_then(|_| size_or(key, 0));
-    let number_or = |key: &str, default: f64| present(key).map_or(Ok(default), |v| v.as_f64().ok_or_else(|| bad(key, "a number")));
+    let number_or =
+        |key: &str, default: f64| present(key).map_or(Ok(default), |v| v.as_f64().ok_or_else(|| bad(key, "a number")));
     let flag = |key: &str| present(key).map_or(Ok(false), |v| v.as_bool().ok_or_else(|| bad(key, "true or false")));
 
     let (d, layers, heads) = (size("hidden_size")?, size("num_hidden_layers")?, size("num_heads")?);
@@ -162,7 +165,9 @@ fn native_names(c: &ModelConfig) -> Vec<String> {
             let mut parts = vec!["attention_norm.weight", "ffn_norm.weight", "attention.wqkv.weight", "attention.wo.weight"];
             parts.extend(["feed_forward.fc_1.weight", "feed_forward.fc_2.weight", "feed_forward.proj.weight"]);
             parts.extend(t.qkv_bias.then_some("attention.wqkv.bias"));
-            parts.extend(t.use_qk_norm.then_some(["attention.q_norm.weight", "attention.k_norm.weight"]).into_iter().flatten());
+            parts.extend(
+                t.use_qk_norm.then_some(["attention.q_norm.weight", "attention.k_norm.weight"]).into_iter().flatten(),
+            );
             names.extend(parts.iter().map(|p| format!("{prefix}layers.{i}.{p}")));
         }
     };
@@ -181,7 +186,8 @@ pub(super) fn tensors_from_hf(
     tied: bool,
 ) -> Result<(BTreeMap<String, Tensor>, Option<i64>)> {
     let step = tensors.remove(STEP_NAME).and_then(|t| t.to_vec::<i64>().ok()).and_then(|v| v.first().copied());
-    if tied && !tensors.contains_key("lm_head.weight")
+    if tied
+        && !tensors.contains_key("lm_head.weight")
         && let Some(shared) = tensors.get("model.embeddings.weight").cloned()
     {
         tensors.insert("lm_head.weight".into(), shared);

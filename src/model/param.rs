@@ -85,9 +85,9 @@ impl Builder {
                 other => {
                     match other {
                         Some(t) => {
- let name = (self.display)(&name);
+                            let name = (self.display)(&name);
                             self.mismatched.push(format!("{name} is {} {:?}, config says {shape:?}", t.dtype(), t.shape()));
- }
+                        }
                         None => self.missing.push((self.display)(&name)),
                     }
                     // a placeholder: `finish` fails before anyone computes with it
@@ -104,8 +104,11 @@ impl Builder {
             Source::Random { .. } => vec![],
         };
         let kinds = [("missing", self.missing), ("not in this model", extra), ("of another shape", self.mismatched)];
-        let wrong: Vec<String> =
-            kinds.iter().filter(|(_, n)| !n.is_empty()).map(|(what, names)| format!("{what}: {}", names.join(", "))).collect();
+        let wrong: Vec<String> = kinds
+            .iter()
+            .filter(|(_, n)| !n.is_empty())
+            .map(|(what, names)| format!("{what}: {}", names.join(", ")))
+            .collect();
         if wrong.is_empty() { Ok(()) } else { Err(Error::weights(path, wrong.join("; "))) }
     }
 }

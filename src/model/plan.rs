@@ -74,8 +74,7 @@ mod tests {
     fn spec_rows(chunk: usize, header: usize, tokens: usize) -> Vec<Row> {
         let k = tokens.div_ceil(chunk);
         let head = |b: usize| [Row::Slot(b), Row::Separator(b)].into_iter().take(header);
-        let mut rows: Vec<Row> =
-            (0..k).flat_map(|b| head(b).chain((b * chunk..(b + 1) * chunk).map(Row::Token))).collect();
+        let mut rows: Vec<Row> = (0..k).flat_map(|b| head(b).chain((b * chunk..(b + 1) * chunk).map(Row::Token))).collect();
         rows.extend(head(k));
         rows
     }
@@ -83,9 +82,8 @@ mod tests {
     fn plan_rows(p: &ChunkPlan) -> Vec<Row> {
         let head = |b: usize| [Row::Slot(b), Row::Separator(b)].into_iter().take(p.header);
         let full = p.full_chunks();
-        let mut rows: Vec<Row> = (0..full)
-            .flat_map(|b| head(b).chain((b * p.chunk..(b + 1) * p.chunk - 1).map(Row::Token)))
-            .collect();
+        let mut rows: Vec<Row> =
+            (0..full).flat_map(|b| head(b).chain((b * p.chunk..(b + 1) * p.chunk - 1).map(Row::Token))).collect();
         rows.extend(head(full).chain((full * p.chunk..p.tokens).map(Row::Token)));
         rows
     }

@@ -6,21 +6,44 @@
 
 pub(crate) mod cpu;
 
+mod adamw;
 mod attention;
+mod cast;
 mod concat;
+mod cross_entropy;
 mod elementwise;
+mod gather;
+mod interpolate;
 mod matmul;
+mod max;
 mod reduce;
 mod rms_norm;
+mod rope;
+mod sample;
 mod shape;
+mod softmax;
+mod swiglu;
+mod write_rows;
 
+pub use adamw::{AdamWSettings, adamw_step, global_norm};
 pub use attention::{Mask, attention};
+pub use cast::{cast, cast_tensor};
 pub use concat::concat;
+pub(crate) use concat::concat_tensors;
+pub use cross_entropy::{cross_entropy, linear_cross_entropy};
 pub use elementwise::{add, add_assign, div, exp, ln, mul, neg, scale, silu, sqrt, sub};
+pub use gather::{embedding, index_select};
+pub use interpolate::interpolate;
 pub use matmul::{linear, matmul};
+pub use max::{argmax, max};
 pub use reduce::{mean, sum, sum_all};
 pub use rms_norm::{add_rms_norm, rms_norm};
+pub use rope::{RopeTable, rope};
+pub use sample::{Sampling, sample};
 pub use shape::{contiguous, expand, narrow, permute, reshape, split, transpose};
+pub use softmax::{log_softmax, softmax};
+pub use swiglu::swiglu;
+pub use write_rows::write_rows;
 
 use crate::autograd::Tape;
 

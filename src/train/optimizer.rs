@@ -2,7 +2,7 @@
 
 use crate::autograd::Gradients;
 use crate::model::Cat;
-use crate::ops::{self, AdamW};
+use crate::ops::{self, AdamWSettings};
 use crate::tensor::{DType, Device, Tensor};
 use crate::{Error, Result};
 
@@ -30,7 +30,14 @@ impl Optimizer {
     /// One step (counted from 1) with these gradients, which are consumed. Returns the global norm before clipping.
     ///
     /// A norm that is not finite changes nothing: the step is refused with an error.
-    pub fn step(&mut self, model: &mut Cat, grads: &mut Gradients, step: u64, settings: &AdamW, clip: f64) -> Result<f64> {
+    pub fn step(
+        &mut self,
+        model: &mut Cat,
+        grads: &mut Gradients,
+        step: u64,
+        settings: &AdamWSettings,
+        clip: f64,
+    ) -> Result<f64> {
         let mut params = model.params_mut();
         let taken: Vec<Option<Tensor>> = params.iter().map(|p| grads.take(&p.var)).collect();
         let norm = ops::global_norm(taken.iter().flatten())?;
@@ -43,7 +50,7 @@ impl Optimizer {
             let Some(g) = g else { continue };
             // matrices decay; norm weights and biases do not
             let decay = if p.shape().len() > 1 { settings.weight_decay } else { 0.0 };
-            let settings = AdamW { weight_decay: decay, ..*settings };
+            let settings = AdamWSettings { weight_decay: decay, ..*settings };
             let (m, v) = (&mut self.m[i], &mut self.v[i]);
             match self.master.get_mut(i) {
                 None => ops::adamw_step(p.value_mut(), g, m, v, step, &settings, scale)?,

@@ -56,7 +56,13 @@ impl Trainer {
         let mut problems = Vec::new();
         let mut take = |kind: &str, name: &str, into: &mut Tensor| match file.tensors.remove(&format!("{kind}.{name}")) {
             Some(t) if t.shape() == into.shape() && t.dtype() == into.dtype() => *into = t,
-            Some(t) => problems.push(format!("{kind}.{name} is {} {:?}, not {} {:?}", t.dtype(), t.shape(), into.dtype(), into.shape())),
+            Some(t) => problems.push(format!(
+                "{kind}.{name} is {} {:?}, not {} {:?}",
+                t.dtype(),
+                t.shape(),
+                into.dtype(),
+                into.shape()
+            )),
             None => problems.push(format!("{kind}.{name} is missing")),
         };
         let Optimizer { m, v, master } = &mut trainer.optimizer;

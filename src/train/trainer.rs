@@ -6,7 +6,7 @@ use crate::autograd::Gradients;
 use crate::data::{Batch, BatchSampler, Dataset, Mqar, Tokenizer, Windows};
 use crate::eval::{self, Quality};
 use crate::model::{Cat, ForwardOptions};
-use crate::ops::{self, AdamW};
+use crate::ops::{self, AdamWSettings};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use std::time::Instant;
@@ -110,7 +110,7 @@ impl Trainer {
             return Err(Error::gradient("train", detail));
         }
         let lr = c.rate(self.step);
-        let settings = AdamW { lr, beta1: c.beta1, beta2: c.beta2, eps: c.eps, weight_decay: c.weight_decay };
+        let settings = AdamWSettings { lr, beta1: c.beta1, beta2: c.beta2, eps: c.eps, weight_decay: c.weight_decay };
         let grad_norm = self.optimizer.step(&mut self.model, &mut self.grads, self.step + 1, &settings, c.clip)?;
         self.step += 1;
         let tokens = (c.batch_size * c.seq_len * c.grad_accum) as f64;

@@ -4,12 +4,22 @@
 //! [`Float::Acc`](crate::tensor::Float) (f32, or f64 for f64 elements) and is deterministic: results do not depend
 //! on the number of threads, because work is cut by shape and never by thread.
 
+pub mod adamw;
 pub mod attention;
 pub mod concat;
+pub mod cross_entropy;
 pub mod elementwise;
+pub mod gather;
+pub mod interpolate;
 pub mod matmul;
+pub mod max;
 pub mod reduce;
 pub mod rms_norm;
+pub mod rope;
+pub mod sample;
+pub mod softmax;
+pub mod swiglu;
+pub mod write_rows;
 
 /// Run `f` compiled for the widest vector instructions this CPU has (AVX2 + FMA, AVX-512, NEON).
 ///

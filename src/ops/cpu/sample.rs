@@ -34,7 +34,14 @@ fn one(logits: &[f32], s: &Sampling, u: f64) -> usize {
     if s.top_p < 1.0 {
         let wanted = s.top_p * weights.iter().sum::<f64>();
         let mut sum = 0.0;
-        let n = weights.iter().take_while(|&&w| { let more = sum < wanted; sum += w; more }).count();
+        let n = weights
+            .iter()
+            .take_while(|&&w| {
+                let more = sum < wanted;
+                sum += w;
+                more
+            })
+            .count();
         weights.truncate(n.max(1));
     }
     let mut left = u * weights.iter().sum::<f64>();

@@ -1,0 +1,24 @@
+//! Change of float dtype.
+
+use super::cpu::elementwise::cast as convert;
+use crate::autograd::{Var, record_one};
+use crate::tensor::{DType, Device, Tensor};
+use crate::{Result, with_float};
+
+/// The same elements in another float dtype, rounded to nearest even. Backward casts the gradient back.
+pub fn cast(x: &Var, dtype: DType) -> Result<Var> {
+    let (y, from) = (cast_tensor(x.value(), dtype)?, x.dtype());
+    Ok(record_one("cast", &[x], y, move |flow| {
+        let dy = flow.output()?;
+        flow.give(0, cast_tensor(&dy, from)?)
+    }))
+}
+
+/// [`cast`] of a tensor, without gradient.
+pub fn cast_tensor(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    if x.dtype() == dtype && dtype.is_float() {
+        return Ok(x.clone());
+    }
+    let Device::Cpu = x.device();
+    with_float!(x.dtype(), "cast", S => with_float!(dtype, "cast", D => convert::<S, D>(x)))
+}

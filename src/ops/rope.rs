@@ -1,0 +1,100 @@
+//! Rotary position embedding, rotate-half (spec section 1).
+//!
+//! For the first n elements of each head, in halves x1, x2, at position p: `y1 = x1 cos - x2 sin`,
+//! `y2 = x2 cos + x1 sin`, with angles `p * base^(-2i/n)`, i < n/2. Elements past n pass unchanged.
+//! Backward is the rotation by the negative angles.
+
+use super::cpu;
+use crate::autograd::{Var, record_one};
+use crate::tensor::{Device, Tensor};
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// Cosines and sines for a sequence of positions. Cloning is cheap.
+#[derive(Clone, Debug)]
+pub struct RopeTable(Arc<Table>);
+
+#[derive(Debug)]
+struct Table {
+    /// The row of each sequence element: positions repeat in every block, so the rows of distinct ones stay in cache.
+    rows: Vec<usize>,
+    /// Elements of a head that turn.
+    n: usize,
+    /// `[distinct positions, n]`, a row holding n/2 cosines and then n/2 sines, in each accumulator type.
+    f32: Tensor,
+    f64: Tensor,
+}
+
+impl RopeTable {
+    /// For elements at `positions` (L of them), turning the first `n` elements of a head, `n` even.
+    pub fn new(positions: &[usize], n: usize, base: f64) -> Result<Self> {
+        if !n.is_multiple_of(2) {
+            return Err(Error::shape("rope", format!("{n} elements do not pair up: rope_n_elem must be even")));
+        }
+        if !(base > 0.0 && base.is_finite()) {
+            return Err(Error::config(format!("rope base {base} must be positive")));
+        }
+        let mut distinct = positions.to_vec();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let angle = |p: usize, i: usize| p as f64 * base.powf(-2.0 * i as f64 / n as f64);
+        let table: Vec<f64> = distinct
+            .iter()
+            .flat_map(|&p| {
+                let cos = (0..n / 2).map(move |i| angle(p, i).cos());
+                cos.chain((0..n / 2).map(move |i| angle(p, i).sin()))
+            })
+            .collect();
+        let shape = [distinct.len(), n];
+        let rows = positions.iter().map(|&p| distinct.partition_point(|&q| q < p)).collect();
+        let narrow = table.iter().map(|&x| x as f32).collect();
+        Ok(Self(Arc::new(Table {
+            rows,
+            n,
+            f32: Tensor::from_vec::<f32>(narrow, &shape)?,
+            f64: Tensor::from_vec(table, &shape)?,
+        })))
+    }
+    /// The number of positions, L.
+    pub fn len(&self) -> usize {
+        self.0.rows.len()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.0.rows.is_empty()
+    }
+    /// The row of the table for each position.
+    pub(crate) fn rows(&self) -> &[usize] {
+        &self.0.rows
+    }
+    /// The number of elements that turn.
+    pub(crate) fn width(&self) -> usize {
+        self.0.n
+    }
+    /// `[distinct positions, n]` in the type that `dtype` accumulates in.
+    pub(crate) fn table(&self, dtype: crate::tensor::DType) -> &Tensor {
+        if dtype == crate::tensor::DType::F64 { &self.0.f64 } else { &self.0.f32 }
+    }
+}
+
+/// Turn x `[.., L, d]` by the angles of `table` (L positions, n <= d). y has x's shape and its order in memory: heads
+/// that are a permuted view stay one, so that their way back to rows needs no copy.
+pub fn rope(x: &Var, table: &RopeTable) -> Result<Var> {
+    let xv = x.value();
+    let r = xv.rank();
+    if r < 2 || xv.dim(r - 2) != table.len() || xv.last_dim() < table.width() {
+        let (len, n) = (table.len(), table.width());
+        return Err(Error::shape("rope", format!("x {:?} does not fit a table of {len} positions, {n} wide", xv.shape())));
+    }
+    let y = rotate(xv, table, false)?;
+    let table = table.clone();
+    Ok(record_one("rope", &[x], y, move |flow| {
+        let dy = flow.output()?;
+        flow.give(0, rotate(&dy, &table, true)?)
+    }))
+}
+
+fn rotate(x: &Tensor, table: &RopeTable, back: bool) -> Result<Tensor> {
+    match x.device() {
+        Device::Cpu => cpu::rope::rotate(x, table, back),
+    }
+}
