@@ -153,8 +153,10 @@ impl Tokenizer {
     }
     /// The text of token ids; bytes that are no UTF-8 become U+FFFD. Errors on ids that are no tokens.
     pub fn decode(&self, ids: &[i64]) -> Result<String> {
-        if let Some(bytes) = ids.iter().map(|&id| self.bytes_of(id)).collect::<Result<Option<Vec<_>>>>()? {
-            return Ok(String::from_utf8_lossy(&bytes.concat()).into_owned());
+        let mut bytes = Vec::with_capacity(ids.len());
+        let append = |&id: &i64| Ok(self.bytes_of(id)?.map(|b| bytes.extend_from_slice(b)));
+        if ids.iter().map(append).collect::<Result<Option<()>>>()?.is_some() {
+            return Ok(String::from_utf8_lossy(&bytes).into_owned());
         }
         let ids = ids.iter().map(|&id| self.check_id(id)).collect::<Result<Vec<u32>>>()?;
         self.decode_together(&ids)
