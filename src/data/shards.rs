@@ -227,10 +227,11 @@ impl ShardWriter {
             }
             let Some((file, written)) = &mut self.open else { continue };
             let (now, later) = ids.split_at(ids.len().min(self.shard_tokens - *written));
-            let bytes: Vec<u8> = match self.vocab_size {
-                ..=0x1_0000 => now.iter().flat_map(|&id| (id as u16).to_le_bytes()).collect(),
-                _ => now.iter().flat_map(|&id| (id as u32).to_le_bytes()).collect(),
-            };
+            let mut bytes = Vec::with_capacity(now.len() * 4);
+            match self.vocab_size {
+                ..=0x1_0000 => now.iter().for_each(|&id| bytes.extend_from_slice(&(id as u16).to_le_bytes())),
+                _ => now.iter().for_each(|&id| bytes.extend_from_slice(&(id as u32).to_le_bytes())),
+            }
             file.write_all(&bytes).map_err(Error::io("write a shard in", &self.dir))?;
             *written += now.len();
             self.tokens += now.len();

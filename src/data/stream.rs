@@ -27,7 +27,7 @@ impl<'a> DecodeStream<'a> {
     /// The text that this id completes; often empty. Errors, and changes nothing, if the id is no token.
     pub fn push(&mut self, id: i64) -> Result<String> {
         if let Some(bytes) = self.tokenizer.bytes_of(id)? {
-            self.pending.extend_from_slice(&bytes);
+            self.pending.extend_from_slice(bytes);
             return Ok(take_complete(&mut self.pending));
         }
         let id = self.tokenizer.check_id(id)?;

@@ -17,6 +17,17 @@ pub const END_OF_TEXT: &str = "<|endoftext|>";
 /// Texts are encoded in parallel in pieces of about this many bytes.
 const PIECE: usize = 128 << 10;
 
+/// Byte b at place b: what the byte tokenizer's ids stand for.
+static EVERY_BYTE: [u8; 256] = {
+    let mut all = [0; 256];
+    let mut b = 0;
+    while b < 256 {
+        all[b] = b as u8;
+        b += 1;
+    }
+    all
+};
+
 /// How text becomes token ids. Cloning is cheap.
 #[derive(Clone, Debug, Default)]
 pub enum Tokenizer {
@@ -65,7 +76,12 @@ impl Tokenizer {
     /// From the text of a `tokenizer.json`; `path` is what errors name.
     pub fn from_json(raw: Vec<u8>, path: &Path) -> Result<Self> {
         let bad = |e: &dyn std::fmt::Display| Error::format(path, format!("is no tokenizer.json that can be used: {e}"));
-        let mut inner = tokenizers::Tokenizer::from_bytes(&raw).map_err(|e| bad(&e))?;
+        // The library panics on some damaged files: on what is no JSON at all (told apart here), and on a few tables.
+        let text = std::str::from_utf8(&raw).map_err(|e| bad(&e))?;
+        serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|e| bad(&e))?;
+        let mut inner = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(&raw))
+            .map_err(|_| bad(&"one of its tables is damaged"))?
+            .map_err(|e| bad(&e))?;
         // A file may carry its trainer's cut-off or padding; text is never to be shortened or lengthened silently.
         inner.with_truncation(None).map_err(|e| bad(&e))?;
         inner.with_padding(None);
@@ -137,8 +153,10 @@ impl Tokenizer {
     }
     /// The text of token ids; bytes that are no UTF-8 become U+FFFD. Errors on ids that are no tokens.
     pub fn decode(&self, ids: &[i64]) -> Result<String> {
-        if let Some(bytes) = ids.iter().map(|&id| self.bytes_of(id)).collect::<Result<Option<Vec<_>>>>()? {
-            return Ok(String::from_utf8_lossy(&bytes.concat()).into_owned());
+        let mut bytes = Vec::with_capacity(ids.len());
+        let append = |&id: &i64| Ok(self.bytes_of(id)?.map(|b| bytes.extend_from_slice(b)));
+        if ids.iter().map(append).collect::<Result<Option<()>>>()?.is_some() {
+            return Ok(String::from_utf8_lossy(&bytes).into_owned());
         }
         let ids = ids.iter().map(|&id| self.check_id(id)).collect::<Result<Vec<u32>>>()?;
         self.decode_together(&ids)
@@ -159,21 +177,15 @@ impl Tokenizer {
     }
 
     /// The bytes that one id stands for, or `None` if this tokenizer's ids decode only together.
-    pub(super) fn bytes_of(&self, id: i64) -> Result<Option<Cow<'_, [u8]>>> {
-        match self {
-            Self::Bytes => match u8::try_from(id) {
-                Ok(b) => Ok(Some(Cow::Owned(vec![b]))),
-                Err(_) => Err(self.no_such_id(id)),
-            },
+    pub(super) fn bytes_of(&self, id: i64) -> Result<Option<&[u8]>> {
+        let bytes = match self {
+            Self::Bytes => usize::try_from(id).ok().and_then(|id| EVERY_BYTE.get(id)).map(std::slice::from_ref),
             Self::Json(t) => match &t.token_bytes {
-                None => Ok(None),
-                Some(table) => u32::try_from(id)
-                    .ok()
-                    .and_then(|id| table.get(&id))
-                    .map(|b| Some(Cow::Borrowed(&b[..])))
-                    .ok_or_else(|| self.no_such_id(id)),
+                None => return Ok(None),
+                Some(table) => u32::try_from(id).ok().and_then(|id| table.get(&id)).map(|b| &b[..]),
             },
-        }
+        };
+        bytes.map(Some).ok_or_else(|| self.no_such_id(id))
     }
     /// The id as the tokenizer's own type, if it names a token.
     pub(super) fn check_id(&self, id: i64) -> Result<u32> {
@@ -306,7 +318,9 @@ mod tests {
         assert!(matches!(Tokenizer::load(Some(dir.path())).unwrap(), Tokenizer::Bytes));
         assert!(matches!(Tokenizer::load(Some(&dir.path().join("none"))), Err(Error::Io { .. })));
         let file = dir.path().join(TOKENIZER_FILE);
-        for text in ["", "{", "[]", "{\"model\":{\"type\":\"BPE\",\"vocab\":{},\"merges\":[]}}", "\u{0}"] {
+        for text in
+            ["", "{", "[]", "{\"model\":{\"type\":\"BPE\",\"vocab\":{},\"merges\":[]}}", "\u{0}", "{\"decoder\":{\"a"]
+        {
             std::fs::write(&file, text).unwrap();
             let e = Tokenizer::load(Some(dir.path())).unwrap_err();
             assert!(matches!(e, Error::Format { .. }) && e.to_string().contains(TOKENIZER_FILE), "{text}: {e}");
