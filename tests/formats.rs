@@ -275,7 +275,7 @@ fn pytorch_files_that_are_no_state_dicts() {
 fn files_cut_short_anywhere_are_errors() {
     let dir = tempfile::tempdir().unwrap();
     let pt = fs::read(fixture("pt/strided.pt")).unwrap();
-    for (name, bytes) in [("t.safetensors", small_bytes()), ("t.pt", pt), ("t.other", small_bytes())] {
+    for (name, bytes) in [("t.safetensors", small_bytes()), ("t.pt", pt)] {
         let path = dir.path().join(name);
         assert!(survives(&path, &bytes).is_ok());
         for n in 0..bytes.len() {
@@ -291,11 +291,9 @@ fn every_single_byte_can_be_wrong() {
     for (name, good) in [("t.safetensors", small_bytes()), ("t.pt", fs::read(fixture("pt/strided.pt")).unwrap())] {
         let path = dir.path().join(name);
         for at in 0..good.len() {
-            for value in [0, 0xff, good[at] ^ 1] {
-                let mut bytes = good.clone();
-                bytes[at] = value;
-                survives(&path, &bytes).ok();
-            }
+            let mut bytes = good.clone();
+            bytes[at] = [0, 0xff, good[at] ^ 1][at % 3];
+            survives(&path, &bytes).ok();
         }
     }
 }

@@ -187,6 +187,7 @@ mod tests {
         for shape in [&[usize::MAX, 2][..], &[0, 1 << 62, 1 << 62], &[1 << 62, 1 << 62, 0], &[1; 17]] {
             assert!(dense_bytes(Dtype::F32, shape).is_err(), "{shape:?}");
         }
+        assert!(Tensor::zeros(&[0, 1 << 62, 1 << 62], DType::F32, Default::default()).is_err());
         assert_eq!(dense_bytes(Dtype::BF16, &[]), Ok(2));
         assert_eq!(dense_bytes(Dtype::BF16, &[3, 0, 4]), Ok(0));
     }

@@ -52,7 +52,7 @@ fn parse(file: &[u8]) -> Checked<BTreeMap<String, Tensor>> {
         return Err("its numbers are not little-endian: save it again on a little-endian machine".into());
     }
     // Copied, since strings are borrowed from it and the file could change under its map.
-    let pickle = entries[&format!("{root}data.pkl")].to_vec();
+    let pickle = entries.get(&format!("{root}data.pkl")).copied().unwrap_or_default().to_vec();
 
     let mut budget = file.len().saturating_mul(MAX_GROWTH);
     let (mut tensors, mut known) = (BTreeMap::new(), BTreeMap::<Rc<TensorRef<'_>>, Tensor>::new());
