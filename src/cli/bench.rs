@@ -3,4 +3,8 @@ use clap::Args;
 use felid::Result;
 #[derive(Args)]
 pub struct Bench {}
-impl Bench { pub fn run(self) -> Result<()> { Ok(()) } }
+impl Bench {
+    pub fn run(self) -> Result<()> {
+        Ok(())
+    }
+}

@@ -37,7 +37,10 @@ const COMPANIONS: [&str; 4] =
 impl Convert {
     pub fn run(self) -> Result<()> {
         if self.out.join("config.json").exists() && !self.overwrite {
-            return Err(Error::Usage(format!("{} holds a model: choose another folder or add --overwrite", self.out.display())));
+            return Err(Error::Usage(format!(
+                "{} holds a model: choose another folder or add --overwrite",
+                self.out.display()
+            )));
         }
         let from = load(&self.input, self.dtype)?;
         let format = match self.to {

@@ -110,7 +110,13 @@ fn find(name: &str) -> Option<PathBuf> {
     for home in ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(std::env::var_os) {
         folders.push(PathBuf::from(home).join("lib64"));
     }
-    let usual = ["/usr/local/cuda/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib"];
+    let usual = [
+        "/usr/local/cuda/lib64",
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib/aarch64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib/wsl/lib",
+    ];
     folders.extend(usual.map(PathBuf::from));
     let prefix = format!("{name}.so");
     folders.iter().find_map(|dir| {

@@ -119,7 +119,16 @@ impl Generate {
         let tokens_per_s = tokens.len().saturating_sub(1) as f64 / (all - first_token_s).max(1e-9);
         if self.json {
             let (prompt_tokens, seed) = (ids.len(), self.seed);
-            return print::json(&Report { text, tokens, prompt_tokens, chunk_size, seed, first_token_s, tokens_per_s, cache_bytes });
+            return print::json(&Report {
+                text,
+                tokens,
+                prompt_tokens,
+                chunk_size,
+                seed,
+                first_token_s,
+                tokens_per_s,
+                cache_bytes,
+            });
         }
         self.show("\n")?;
         eprintln!(

@@ -91,8 +91,11 @@ impl Train {
     fn given(&self) -> Result<toml::Table> {
         let mut t = match &self.config {
             Some(path) => {
-                let text = std::fs::read_to_string(path)
-                    .map_err(|source| Error::Io { action: "read", path: path.clone(), source })?;
+                let text = std::fs::read_to_string(path).map_err(|source| Error::Io {
+                    action: "read",
+                    path: path.clone(),
+                    source,
+                })?;
                 TrainConfig::parse_table(&text, path)?
             }
             None => toml::Table::new(),
@@ -151,7 +154,9 @@ impl Train {
         let config = TrainConfig::from_table(given, &source, "nano")?;
         if config.out.join("config.json").exists() && !self.overwrite {
             let out = config.out.display();
-            return Err(Error::Usage(format!("{out} holds a run already: add --resume or --overwrite, or choose another --out")));
+            return Err(Error::Usage(format!(
+                "{out} holds a run already: add --resume or --overwrite, or choose another --out"
+            )));
         }
         Trainer::new(config)
     }
@@ -287,7 +292,8 @@ impl Log {
             let v: serde_json::Value = serde_json::from_str(line).ok()?;
             v["report"]["step"].as_u64().or(v["step"].as_u64())
         };
-        let kept: String = old.lines().filter(|l| step_of(l).is_some_and(|s| s <= steps_done)).map(|l| format!("{l}\n")).collect();
+        let kept: String =
+            old.lines().filter(|l| step_of(l).is_some_and(|s| s <= steps_done)).map(|l| format!("{l}\n")).collect();
         let mut file = File::create(&path).map_err(io("create"))?;
         file.write_all(kept.as_bytes()).map_err(io("write"))?;
         Ok(Self { file, path })
@@ -313,7 +319,10 @@ struct Progress {
 impl Progress {
     fn new(steps: u64, done: u64) -> Self {
         let terminal = std::io::stderr().is_terminal();
-        let bar = ProgressBar::with_draw_target(Some(steps), if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() });
+        let bar = ProgressBar::with_draw_target(
+            Some(steps),
+            if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() },
+        );
         if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} [{elapsed} < {eta}]") {
             bar.set_style(style);
         }

@@ -26,10 +26,6 @@ impl KvCache {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
-    /// Rows held now.
-    pub fn len(&self) -> usize {
-        self.len
-    }
     /// Bytes held, rows not yet filled included.
     pub fn bytes(&self) -> usize {
         (self.k.numel() + self.v.numel()) * self.k.dtype().size()

@@ -125,6 +125,14 @@ impl Trainer {
         })
     }
 
+    /// Ids that begin the held-out text, a quarter of a row, to continue in samples; `None` where there is no text.
+    pub fn held_out_prompt(&self) -> Result<Option<Vec<i64>>> {
+        let Source::Text { data, .. } = &self.source else { return Ok(None) };
+        let mut ids = Vec::new();
+        data.val.read(0, (self.config.seq_len / 4).clamp(1, data.val.len().max(1)), &mut ids)?;
+        Ok(Some(ids))
+    }
+
     /// Quality on held-out data at each chunk size of the round.
     pub fn evaluate(&self, windows: usize) -> Result<Vec<(Option<usize>, Quality)>> {
         let mut sizes = self.round.clone();
