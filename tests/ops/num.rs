@@ -48,10 +48,12 @@ impl Bounded {
 impl Add for Bounded {
     type Output = Self;
     fn add(self, o: Self) -> Self {
-        // a zero adds exactly
+        // a zero adds exactly; else the rounding is counted at the operands' size where they cancel, since another
+        // order of a longer sum would meet them elsewhere
         let exact = self.value == 0.0 || o.value == 0.0;
-        let (value, brought) = (self.value + o.value, self.error + o.error);
-        if exact { Self { value, error: brought } } else { Self::new(value, brought) }
+        let value = self.value + o.value;
+        let size = if exact { 0.0 } else { value.abs().max(self.value.abs()).max(o.value.abs()) };
+        Self { value, error: self.error + o.error + unit() * size }
     }
 }
 impl Mul for Bounded {

@@ -56,7 +56,7 @@ table! {
         let sum_first = [n, a, 1, c];
         let op = move |v: &[Var]| ops::expand(&v[0], &[n, a, b, c]);
         let formula = move |x: &[Array]| Array::build(&[n, a, b, c], |i| x[0].broadcast(i));
-        Case::one(vec![d.input(&sum_first[1..], -1.0, 1.0)], op, formula).sums_as_stored()
+        Case::one(vec![d.input(&sum_first[1..], -1.0, 1.0)], op, formula)
     };
     split, large LARGE, |d| {
         let (shape, dim) = (d.dims.to_vec()[..3].to_vec(), d.below(3));
