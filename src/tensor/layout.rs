@@ -114,8 +114,11 @@ impl Layout {
     }
     pub fn narrow(&self, dim: usize, start: usize, len: usize) -> Self {
         let mut l = self.clone();
-        l.offset += start * l.strides[dim];
         l.shape[dim] = len;
+        // without elements there is nothing to point at, and past the end would be nowhere
+        if l.numel() > 0 {
+            l.offset += start * l.strides[dim];
+        }
         l
     }
     /// Broadcast: leading dimensions are added, dimensions of size 1 repeated. `None` where shapes do not fit.
