@@ -8,40 +8,97 @@ use std::path::{Path, PathBuf};
 pub enum Error {
     /// Shapes, strides or sizes that an op cannot take.
     #[error("{op}: {detail}")]
-    Shape { op: &'static str, detail: String },
+    Shape {
+        /// The op.
+        op: &'static str,
+        /// The shapes, and what would fit.
+        detail: String,
+    },
     /// A dtype that an op cannot take.
     #[error("{op}: {detail}")]
-    DType { op: &'static str, detail: String },
+    DType {
+        /// The op.
+        op: &'static str,
+        /// The dtypes, and what would fit.
+        detail: String,
+    },
     /// An id or index outside its table.
     #[error("{op}: {detail}")]
-    Index { op: &'static str, detail: String },
+    Index {
+        /// The op.
+        op: &'static str,
+        /// The index, where it is, and the size of the table.
+        detail: String,
+    },
     /// An op without a backward was differentiated through, or backward was called on something not recorded.
     #[error("{op}: {detail}")]
-    Gradient { op: &'static str, detail: String },
+    Gradient {
+        /// The op.
+        op: &'static str,
+        /// What is wrong with the gradient.
+        detail: String,
+    },
     /// A chunk size that the model does not allow.
     #[error("chunk size {asked} is not allowed by this model: use {allowed}")]
-    ChunkSize { asked: usize, allowed: String },
+    ChunkSize {
+        /// The size that was asked for.
+        asked: usize,
+        /// Those that may be, in words.
+        allowed: String,
+    },
     /// More tokens than the model has positions for.
     #[error("{len} tokens do not fit this model's block_size of {block_size}: shorten the input or the continuation")]
-    Length { len: usize, block_size: usize },
+    Length {
+        /// Tokens, those yet to be generated included.
+        len: usize,
+        /// The most that the model takes.
+        block_size: usize,
+    },
     /// Something that must not be empty is.
     #[error("{what} is empty: {fix}")]
-    Empty { what: String, fix: String },
+    Empty {
+        /// What is empty.
+        what: String,
+        /// What to do about it.
+        fix: String,
+    },
     /// A configuration that contradicts itself or the weights.
     #[error("config: {0}")]
     Config(String),
     /// Weights that do not fit the configuration; all offending names at once.
     #[error("{}: weights do not fit the config: {detail}", path.display())]
-    Weights { path: PathBuf, detail: String },
+    Weights {
+        /// Where the weights came from.
+        path: PathBuf,
+        /// The names, and what is wrong with each.
+        detail: String,
+    },
     /// A file that is not what it should be: truncated, corrupt or hostile.
     #[error("{}: {detail}", path.display())]
-    Format { path: PathBuf, detail: String },
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and where.
+        detail: String,
+    },
     /// The operating system refused.
     #[error("cannot {action} {}: {source}", path.display())]
-    Io { action: &'static str, path: PathBuf, source: std::io::Error },
+    Io {
+        /// What was attempted, such as `read`.
+        action: &'static str,
+        /// On which file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A device that is not there, or a library that it needs.
     #[error("device {device}: {detail}")]
-    Device { device: String, detail: String },
+    Device {
+        /// The device as it was asked for.
+        device: String,
+        /// What is missing, and what to do.
+        detail: String,
+    },
     /// Flags or arguments that do not fit together. The command exits with 2.
     #[error("{0}")]
     Usage(String),

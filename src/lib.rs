@@ -1,6 +1,5 @@
 //! Felid: a tensor engine for Compress & Attend Transformers (CATs), from the formula to the kernel.
 #![warn(missing_docs)]
-#![allow(missing_docs)]
 
 pub mod autograd;
 pub mod bench;

@@ -122,6 +122,7 @@ impl Philox {
     pub fn at(key: u64, stream: u64, counter: u64) -> Self {
         Self { key, stream, counter, words: [0; 4], used: 4 }
     }
+    /// The next 32 uniform bits.
     pub fn next_u32(&mut self) -> u32 {
         if self.used == 4 {
             self.words = block(self.key, self.stream, self.counter);
@@ -131,6 +132,7 @@ impl Philox {
         self.used += 1;
         self.words[self.used - 1]
     }
+    /// The next 64 uniform bits.
     pub fn next_u64(&mut self) -> u64 {
         let low = self.next_u32();
         u64::from(low) | u64::from(self.next_u32()) << 32

@@ -55,6 +55,7 @@ impl Var {
     pub fn constant(value: Tensor) -> Self {
         Self { value, id: None }
     }
+    /// The tensor.
     pub fn value(&self) -> &Tensor {
         &self.value
     }
@@ -62,9 +63,11 @@ impl Var {
     pub fn value_mut(&mut self) -> &mut Tensor {
         &mut self.value
     }
+    /// The tensor, by value.
     pub fn into_value(self) -> Tensor {
         self.value
     }
+    /// What gradients are found by; `None` for a constant.
     pub fn id(&self) -> Option<VarId> {
         self.id
     }
@@ -76,9 +79,11 @@ impl Var {
     pub fn detach(&self) -> Self {
         Self::constant(self.value.clone())
     }
+    /// The tensor's shape.
     pub fn shape(&self) -> &[usize] {
         self.value.shape()
     }
+    /// The tensor's dtype; a gradient has the same.
     pub fn dtype(&self) -> DType {
         self.value.dtype()
     }

@@ -113,9 +113,11 @@ impl Gradients {
     pub fn get(&self, v: &Var) -> Option<&Tensor> {
         self.of.get(&v.id?)
     }
+    /// The gradient of a leaf, for writing (clipping, scaling).
     pub fn get_mut(&mut self, v: &Var) -> Option<&mut Tensor> {
         self.of.get_mut(&v.id?)
     }
+    /// Take the gradient of a leaf out; what flows to it afterwards starts anew.
     pub fn take(&mut self, v: &Var) -> Option<Tensor> {
         self.of.remove(&v.id?)
     }
@@ -123,12 +125,15 @@ impl Gradients {
     pub fn missing<'a>(&self, vars: impl IntoIterator<Item = &'a Var>) -> Vec<&'a Var> {
         vars.into_iter().filter(|v| self.get(v).is_none()).collect()
     }
+    /// Forget all gradients.
     pub fn clear(&mut self) {
         self.of.clear();
     }
+    /// Number of values that have a gradient.
     pub fn len(&self) -> usize {
         self.of.len()
     }
+    /// True when no gradient has flowed.
     pub fn is_empty(&self) -> bool {
         self.of.is_empty()
     }
@@ -192,6 +197,7 @@ pub struct Tape {
 }
 
 impl Tape {
+    /// An empty tape whose gradients `sum` adds up.
     pub fn new(sum: SumInto) -> Self {
         Self { sum, nodes: RefCell::default() }
     }
@@ -208,6 +214,7 @@ impl Tape {
     pub fn len(&self) -> usize {
         self.nodes.borrow().len()
     }
+    /// True when nothing is recorded.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

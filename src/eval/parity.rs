@@ -48,15 +48,23 @@ struct Case {
 /// How one case came out. `None` where the file does not ask.
 #[derive(Clone, Debug, Serialize)]
 pub struct CaseReport {
+    /// Its number in the file, from 0.
     pub case: usize,
+    /// B.
     pub batch: usize,
+    /// N, tokens of a row.
     pub length: usize,
+    /// C; `None` where the case leaves it to the model.
     pub chunk_size: Option<usize>,
+    /// Relative L2 error of the logits.
     pub logits: f64,
+    /// Relative error of the loss.
     pub loss: Option<f64>,
     /// The worst parameter's error, and its name.
     pub gradients: Option<(f64, String)>,
+    /// Whether the greedy continuation is the same, token for token.
     pub generated_agree: Option<bool>,
+    /// Whether everything is within [`Bounds`].
     pub pass: bool,
 }
 
@@ -137,7 +145,9 @@ fn run_case(
 
 /// Logits of some ids; with labels also the loss and all gradients.
 pub struct Outcome {
+    /// `[B, N, V]`.
     pub logits: Tensor,
+    /// Mean cross-entropy in nats; `None` without labels.
     pub loss: Option<f64>,
     /// By native names; zeros where none has flowed.
     pub gradients: Vec<(String, Tensor)>,

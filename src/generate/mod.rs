@@ -13,7 +13,9 @@ pub struct GenerateOptions {
     pub max_new_tokens: usize,
     /// C; the model's (largest) if not given.
     pub chunk_size: Option<usize>,
+    /// How tokens are chosen; greedy by default.
     pub sampling: Sampling,
+    /// Of the random numbers that sampling draws; a row draws the same whatever else is in the batch.
     pub seed: u64,
     /// Only ids below this are chosen: a vocabulary is padded, a tokenizer may know fewer ids than the model. All of
     /// the model's if not given.

@@ -81,6 +81,7 @@ impl Cat {
         Ok(model)
     }
 
+    /// What the model is.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }

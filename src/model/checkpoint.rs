@@ -13,15 +13,19 @@ use std::path::Path;
 /// Whose names and config a folder uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum FolderFormat {
+    /// The names and config of spec section 6: `model_type` is `transformer`, `cat`, `cat_adaptive` or `cat_layer`.
     #[default]
     Native,
+    /// Those of the Hugging Face variant: `model_type` is `cat`, and there is a `hidden_size`.
     HuggingFace,
 }
 
 /// A model read from a folder, and what else the folder told.
 #[derive(Debug)]
 pub struct Checkpoint {
+    /// The model, its weights in the dtype that was asked for.
     pub model: Cat,
+    /// What the folder was; names of gradients are to follow it.
     pub format: FolderFormat,
     /// Position in the round of training chunk sizes, where the folder holds it.
     pub chunk_step: Option<i64>,

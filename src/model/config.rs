@@ -21,7 +21,9 @@ pub enum ModelType {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LayerType {
+    /// Causal attention over all tokens.
     Dense,
+    /// CAT as a layer: own chunk's tokens and all past chunks' representations (section 4).
     Cat,
 }
 
@@ -39,18 +41,25 @@ pub enum ChunkSizes {
 /// One transformer: the decoder or the compressor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TransformerConfig {
+    /// D: width of the residual stream (Df in the compressor).
     pub dim: usize,
+    /// Number of blocks.
     pub n_layer: usize,
+    /// H: query heads, each dim / n_head wide.
     pub n_head: usize,
     /// Key/value heads; fewer than `n_head` is grouped-query attention.
     #[serde(default)]
     pub n_local_heads: Option<usize>,
+    /// M: width of SwiGLU; [`swiglu_width`] of ratio 4 if absent.
     #[serde(default)]
     pub intermediate_size: Option<usize>,
+    /// Base of RoPE's angles.
     #[serde(default = "default_rope_base")]
     pub rope_base: f64,
+    /// eps of RMSNorm.
     #[serde(default = "default_eps")]
     pub norm_eps: f64,
+    /// RMSNorm on the queries and keys of each head, before RoPE.
     #[serde(default)]
     pub use_qk_norm: bool,
     /// eps of QK-norm where it differs from `norm_eps`.
@@ -75,6 +84,7 @@ pub fn swiglu_width(dim: usize, ratio: f64) -> usize {
 }
 
 impl TransformerConfig {
+    /// A transformer of these sizes, everything else at its default.
     pub fn new(dim: usize, n_head: usize, n_layer: usize, use_qk_norm: bool) -> Self {
         Self {
             dim,
@@ -89,12 +99,15 @@ impl TransformerConfig {
             qkv_bias: false,
         }
     }
+    /// Hkv: key/value heads.
     pub fn kv_heads(&self) -> usize {
         self.n_local_heads.unwrap_or(self.n_head)
     }
+    /// d: width of a head.
     pub fn head_dim(&self) -> usize {
         self.dim / self.n_head.max(1)
     }
+    /// M: width of SwiGLU.
     pub fn ffn_width(&self) -> usize {
         self.intermediate_size.unwrap_or_else(|| swiglu_width(self.dim, 4.0))
     }
@@ -129,16 +142,21 @@ const MAX_SIZE: usize = 1 << 24;
 /// A whole model: the fields of `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
+    /// The kind of model.
     pub model_type: ModelType,
+    /// Ids that a tokenizer may use: `0..vocab_size`.
     pub vocab_size: usize,
     /// Rows of embedding tables and width of logits; `vocab_size` rounded up to a multiple of 256 if absent.
     #[serde(default)]
     pub padded_vocab_size: Option<usize>,
+    /// The most tokens of a sequence.
     pub block_size: usize,
+    /// The decoder, or the whole of a dense model.
     pub decoder: TransformerConfig,
     /// The chunk size; the largest one of an adaptive model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chunk_size: Option<usize>,
+    /// The compressor `f`; needed by `cat` and `cat_adaptive`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compressor: Option<TransformerConfig>,
     /// Width inside a CAT layer; a multiple of 64.
@@ -150,6 +168,7 @@ pub struct ModelConfig {
     /// `cat_layer` only: any power of two up to `chunk_size` may be asked for.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub adaptive_layers: bool,
+    /// Which sizes an adaptive model takes; the powers of two if absent.
     #[serde(default, skip_serializing_if = "is_default")]
     pub chunk_sizes: ChunkSizes,
 }

@@ -11,7 +11,9 @@ use std::path::Path;
 /// A parameter and its name in the native `state_dict`, such as `layers.0.attention.wqkv.weight`.
 #[derive(Clone, Debug)]
 pub struct Param {
+    /// The whole native name.
     pub name: String,
+    /// The weights, a leaf that gradients are wanted for.
     pub var: Var,
 }
 
@@ -30,7 +32,9 @@ impl DerefMut for Param {
 /// How a parameter begins (spec section 1, Initialisation).
 #[derive(Clone, Copy, Debug)]
 pub enum Init {
+    /// Every element 0.
     Zeros,
+    /// Every element 1.
     Ones,
     /// Normal(0, std).
     Normal(f64),

@@ -37,9 +37,11 @@ impl ChunkPlan {
     pub fn len(&self) -> usize {
         self.full_chunks() * self.stride() + self.header + self.tail()
     }
+    /// True when there are no tokens; the sequence then still has its first header.
     pub fn is_empty(&self) -> bool {
         self.tokens == 0
     }
+    /// Which rows see which: [`Mask::Cat`] with this stride.
     pub fn mask(&self) -> Mask {
         Mask::Cat { stride: self.stride() }
     }

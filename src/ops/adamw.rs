@@ -10,10 +10,15 @@ use crate::{Error, Result};
 /// What stays the same from parameter to parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWSettings {
+    /// Rate of this step.
     pub lr: f64,
+    /// b1: what the first moment keeps of itself at each step.
     pub beta1: f64,
+    /// b2: the same of the second moment.
     pub beta2: f64,
+    /// Added to the root of the second moment.
     pub eps: f64,
+    /// wd: share of the parameter, times the rate, that is taken off.
     pub weight_decay: f64,
 }
 

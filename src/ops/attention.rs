@@ -17,7 +17,10 @@ pub enum Mask {
     /// The CAT decoder: position i attends j when `j <= i` and (`j % stride == 0` or `j / stride == i / stride`). Each
     /// block of `stride` rows opens with a slot (a chunk representation) that all later rows see; its other rows are
     /// seen inside the block only. Needs as many queries as keys, and a stride of at least 1.
-    Cat { stride: usize },
+    Cat {
+        /// S: rows from one slot to the next.
+        stride: usize,
+    },
 }
 
 impl Mask {

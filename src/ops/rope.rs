@@ -59,6 +59,7 @@ impl RopeTable {
     pub fn len(&self) -> usize {
         self.0.rows.len()
     }
+    /// True for no positions.
     pub fn is_empty(&self) -> bool {
         self.0.rows.is_empty()
     }

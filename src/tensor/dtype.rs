@@ -10,10 +10,15 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub, SubAssign};
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum DType {
+    /// 32-bit float.
     F32,
+    /// 16-bit float with the range of f32: 8 bits of exponent, 7 stored bits of mantissa.
     BF16,
+    /// 16-bit float of IEEE 754: 5 bits of exponent, 10 stored bits of mantissa.
     F16,
+    /// 64-bit float.
     F64,
+    /// 64-bit integer: token ids, labels, indices. Has no gradient.
     I64,
 }
 
@@ -60,13 +65,17 @@ impl std::str::FromStr for DType {
 
 /// A Rust type that tensors can hold.
 pub trait Element: Pod + Send + Sync + PartialOrd + fmt::Debug + 'static {
+    /// Its dtype.
     const DTYPE: DType;
 }
 
 /// A float element and the type that arithmetic on it runs in: f32 for 16-bit and f32 elements, f64 for f64.
 pub trait Float: Element {
+    /// What its arithmetic runs in.
     type Acc: Real;
+    /// Widen, exactly.
     fn to_acc(self) -> Self::Acc;
+    /// Round to nearest even.
     fn from_acc(a: Self::Acc) -> Self;
 }
 
@@ -84,15 +93,23 @@ pub trait Real:
     + Default
     + std::iter::Sum
 {
+    /// 0.
     const ZERO: Self;
+    /// 1.
     const ONE: Self;
+    /// Minus infinity.
     const NEG_INFINITY: Self;
+    /// The nearest value to x.
     fn of(x: f64) -> Self;
+    /// As f64, exactly.
     fn f64(self) -> f64;
     /// e^x. The f32 form is a polynomial that vectorises (2 ulp), since exponentials dominate softmax and SiLU.
     fn exp(self) -> Self;
+    /// Natural logarithm.
     fn ln(self) -> Self;
+    /// Square root.
     fn sqrt(self) -> Self;
+    /// The larger of the two; `other` if either is NaN.
     fn maximum(self, other: Self) -> Self;
     /// `self * a + b` in one rounding. Meant for code running inside `ops::cpu::simd`, where it is one instruction.
     fn fma(self, a: Self, b: Self) -> Self;

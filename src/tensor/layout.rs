@@ -23,6 +23,7 @@ pub fn checked_numel(op: &'static str, shape: &[usize]) -> Result<usize> {
 }
 
 impl Layout {
+    /// Row-major order without gaps, from offset 0.
     pub fn contiguous(shape: &[usize]) -> Self {
         let mut strides = vec![1; shape.len()];
         for i in (1..shape.len()).rev() {
@@ -30,15 +31,19 @@ impl Layout {
         }
         Self { shape: shape.to_vec(), strides, offset: 0 }
     }
+    /// Sizes of the dimensions.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
+    /// Elements from one index to the next, for each dimension.
     pub fn strides(&self) -> &[usize] {
         &self.strides
     }
+    /// Where element `[0, 0, ..]` lies.
     pub fn offset(&self) -> usize {
         self.offset
     }
+    /// Number of elements: the product of the shape.
     pub fn numel(&self) -> usize {
         self.shape.iter().product()
     }
@@ -105,6 +110,8 @@ impl Layout {
         }
         Some(Self { shape: shape.to_vec(), strides, offset: self.offset })
     }
+    /// Dimensions in another order: new dimension i is `dims[i]`. Panics where a dimension does not exist;
+    /// [`super::Tensor::permute`] checks.
     pub fn permute(&self, dims: &[usize]) -> Self {
         Self {
             shape: dims.iter().map(|&d| self.shape[d]).collect(),
@@ -112,6 +119,7 @@ impl Layout {
             offset: self.offset,
         }
     }
+    /// Elements `start..start+len` along `dim`, unchecked against the shape; [`super::Tensor::narrow`] checks.
     pub fn narrow(&self, dim: usize, start: usize, len: usize) -> Self {
         let mut l = self.clone();
         l.shape[dim] = len;

@@ -96,6 +96,7 @@ impl Tensor {
         buffer.as_mut_slice::<u8>().copy_from_slice(bytes);
         Ok(Self::over(buffer, dtype, shape))
     }
+    /// One element, shape `[]`.
     pub fn scalar<T: Element>(value: T) -> Self {
         let mut buffer = CpuBuffer::unspecified(T::DTYPE, 1);
         buffer.as_mut_slice::<T>()[0] = value;
@@ -105,6 +106,7 @@ impl Tensor {
     pub fn ids(data: &[i64], shape: &[usize]) -> Result<Self> {
         Self::from_slice(data, shape)
     }
+    /// Every element 0. Errors when the shape has too many elements for memory.
     pub fn zeros(shape: &[usize], dtype: DType, device: Device) -> Result<Self> {
         let n = checked_numel("zeros", shape)?;
         match device {
@@ -129,24 +131,31 @@ impl Tensor {
 
     // ---- asking ----
 
+    /// Sizes of the dimensions; empty for a scalar.
     pub fn shape(&self) -> &[usize] {
         &self.layout.shape
     }
+    /// Where the elements lie in the storage.
     pub fn layout(&self) -> &Layout {
         &self.layout
     }
+    /// What one element is.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
+    /// Where the storage is.
     pub fn device(&self) -> Device {
         self.storage.device()
     }
+    /// Number of dimensions.
     pub fn rank(&self) -> usize {
         self.layout.shape.len()
     }
+    /// Number of elements; 1 for a scalar.
     pub fn numel(&self) -> usize {
         self.layout.numel()
     }
+    /// True when the elements lie in row-major order without gaps.
     pub fn is_contiguous(&self) -> bool {
         self.layout.is_contiguous()
     }

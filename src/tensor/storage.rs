@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Device {
+    /// Main memory, computed on by all cores.
     #[default]
     Cpu,
 }
@@ -78,8 +79,11 @@ const POOLED_LINES: usize = 256;
 /// Bytes that tensors on the CPU hold now, held at most so far, and bytes kept for reuse.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub struct MemoryStats {
+    /// Bytes of all tensors now.
     pub current: usize,
+    /// The most that `current` has been.
     pub peak: usize,
+    /// Bytes of dropped tensors that wait for the next ones of their size.
     pub pooled: usize,
 }
 

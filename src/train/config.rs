@@ -21,6 +21,7 @@ pub enum Task {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MqarConfig {
+    /// Ids: keys are drawn from one half, values from the other.
     pub vocab_size: usize,
     /// Key-value pairs in a sequence; a sequence has at least four tokens for each.
     pub pairs: usize,
@@ -30,7 +31,9 @@ pub struct MqarConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
+    /// The preset that fields left out come from, the model included.
     pub preset: String,
+    /// What is learned.
     pub task: Task,
     /// A text file, a `.bin` shard, or a folder of shards.
     pub data: PathBuf,
@@ -50,10 +53,15 @@ pub struct TrainConfig {
     pub steps: u64,
     /// Peak rate, reached after `warmup` steps; then a cosine down to `min_lr` at the last step.
     pub lr: f64,
+    /// The rate at the last step.
     pub min_lr: f64,
+    /// Steps over which the rate rises, linearly from lr / warmup.
     pub warmup: u64,
+    /// AdamW's b1.
     pub beta1: f64,
+    /// AdamW's b2.
     pub beta2: f64,
+    /// AdamW's eps.
     pub eps: f64,
     /// Applied to matrices, not to norm weights and biases.
     pub weight_decay: f64,
@@ -65,13 +73,17 @@ pub struct TrainConfig {
     pub eval_every: u64,
     /// Windows (or recall sequences) of a validation during the run, and of the last one.
     pub eval_windows: usize,
+    /// The same of the validation after the last step.
     pub final_eval_windows: usize,
     /// Steps between checkpoints; 0 for only one, at the end.
     pub save_every: u64,
+    /// Of weights, batches and samples.
     pub seed: u64,
     /// Compute activations again in backward instead of keeping them.
     pub recompute: bool,
+    /// Of weights and activations; 16-bit weights get f32 masters.
     pub dtype: DType,
+    /// Sizes of the recall task, where that is the task.
     pub mqar: MqarConfig,
     /// Instead of the preset's model.
     pub model: Option<ModelConfig>,
@@ -144,6 +156,7 @@ impl TrainConfig {
         put_over(&mut merged, given);
         merged.try_into().map_err(|e| bad_toml(path, &e))
     }
+    /// All fields as TOML; [`TrainConfig::from_table`] reads it back.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string_pretty(self).map_err(|e| Error::config(e.to_string()))
     }

@@ -16,6 +16,7 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
+    /// Moments of zero for each parameter, and masters where they are needed.
     pub fn new(model: &Cat) -> Result<Self> {
         let params = model.params();
         let zeros = || params.iter().map(|p| Tensor::zeros(p.shape(), DType::F32, Device::Cpu)).collect::<Result<Vec<_>>>();

@@ -14,7 +14,14 @@ use std::time::Instant;
 /// Where batches come from.
 #[derive(Debug)]
 pub enum Source {
-    Text { data: Dataset, sampler: BatchSampler },
+    /// Windows of a text.
+    Text {
+        /// Its tokens, in a training and a held-out part.
+        data: Dataset,
+        /// Which windows each batch takes.
+        sampler: BatchSampler,
+    },
+    /// The recall task, generated as it is asked for.
     Mqar(Mqar),
 }
 
@@ -40,12 +47,17 @@ impl Source {
 /// What one step did.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct StepReport {
+    /// Its number, counted from 1.
     pub step: u64,
     /// Mean cross-entropy of the step's micro-batches, nats a token.
     pub loss: f64,
+    /// C of each micro-batch; empty for a dense model.
     pub chunk_sizes: Vec<usize>,
+    /// The rate it ran at.
     pub lr: f64,
+    /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
+    /// Input tokens of the step over its wall time.
     pub tokens_per_s: f64,
     /// Bytes that tensors held at most so far.
     pub memory: usize,
@@ -53,8 +65,11 @@ pub struct StepReport {
 
 /// A training run that can be stepped, validated, saved and resumed.
 pub struct Trainer {
+    /// The settings.
     pub config: TrainConfig,
+    /// The model as it stands.
     pub model: Cat,
+    /// How its text becomes tokens.
     pub tokenizer: Tokenizer,
     pub(super) optimizer: Optimizer,
     source: Source,
