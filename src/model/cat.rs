@@ -241,7 +241,10 @@ impl Cat {
         }
         if cache.tokens >= cache.room {
             let room = cache.room;
-            return Err(Error::shape("step", format!("the cache has room for {room} tokens: make room for more in prefill")));
+            return Err(Error::shape(
+                "step",
+                format!("the cache has room for {room} tokens: make room for more in prefill"),
+            ));
         }
         no_grad(|| {
             let plan = self.plan(cache.chunk, 1);
