@@ -166,7 +166,7 @@ mod tests {
             view = view.narrow(d, view.shape[d] / 2, view.shape[d] - view.shape[d] / 2);
             let numel = view.numel();
             for a in 1..=numel {
-                if numel % a == 0 && let Some(r) = view.reshape(&[a, numel / a]) {
+                if numel.is_multiple_of(a) && let Some(r) = view.reshape(&[a, numel / a]) {
                     prop_assert_eq!(addresses(&r), addresses(&view));
                 }
             }

@@ -293,7 +293,8 @@ impl Tensor {
     }
     /// Pieces of the given sizes along `dim`; the sizes must add up.
     pub fn split(&self, dim: usize, sizes: &[usize]) -> Result<Vec<Self>> {
-        if self.shape().get(dim) != Some(&sizes.iter().sum()) {
+        let total = sizes.iter().try_fold(0usize, |sum, &n| sum.checked_add(n));
+        if total.is_none() || self.shape().get(dim).copied() != total {
             return Err(Error::shape("split", format!("sizes {sizes:?} along dimension {dim} of shape {:?}", self.shape())));
         }
         let mut at = 0;
