@@ -71,7 +71,12 @@ fn default_eps() -> f64 {
 /// `2/3 * ratio * dim`, truncated, then rounded up to a multiple of 256: the width of SwiGLU (ratio 4 by default).
 pub fn swiglu_width(dim: usize, ratio: f64) -> usize {
     let n = (2.0 * ratio * dim as f64 / 3.0) as usize;
-    n.max(1).next_multiple_of(256)
+    up_to_256(n.max(1))
+}
+
+/// Rounded up to a multiple of 256, or as far as integers go: sizes out of files are checked after this.
+fn up_to_256(n: usize) -> usize {
+    n.checked_next_multiple_of(256).unwrap_or(usize::MAX)
 }
 
 impl TransformerConfig {
@@ -106,6 +111,9 @@ impl TransformerConfig {
                 "dim, n_layer, n_head, n_local_heads, intermediate_size = {sizes:?} must be 1..={MAX_SIZE}"
             ));
         }
+        if self.n_layer > MAX_LAYERS {
+            return fail(format!("n_layer {} must be at most {MAX_LAYERS}", self.n_layer));
+        }
         if !self.dim.is_multiple_of(self.n_head) || !self.head_dim().is_multiple_of(2) {
             return fail(format!("dim {} must split into {} heads of even width", self.dim, self.n_head));
         }
@@ -125,6 +133,8 @@ impl TransformerConfig {
 
 /// No size in a config may pass this: it keeps products of sizes inside 64 bits, whatever a file says.
 const MAX_SIZE: usize = 1 << 24;
+/// Nor may the number of layers pass this: each costs memory before its weights do.
+const MAX_LAYERS: usize = 1 << 12;
 
 /// A whole model: the fields of `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -207,7 +217,7 @@ impl ModelConfig {
     }
     /// V: rows of embedding tables and width of logits.
     pub fn vocab_rows(&self) -> usize {
-        self.padded_vocab_size.unwrap_or_else(|| self.vocab_size.next_multiple_of(256))
+        self.padded_vocab_size.unwrap_or_else(|| up_to_256(self.vocab_size))
     }
     /// What layer `i` of the decoder mixes tokens with.
     pub fn layer_type(&self, i: usize) -> LayerType {

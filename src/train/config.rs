@@ -163,7 +163,7 @@ impl TrainConfig {
             let have = m.vocab_size;
             return Err(Error::config(format!("the tokenizer has {vocab_size} ids, model.vocab_size is only {have}")));
         }
-        m.padded_vocab_size.get_or_insert(m.vocab_size.next_multiple_of(256));
+        m.padded_vocab_size = Some(m.vocab_rows());
         fill_width(&mut m.decoder);
         m.compressor.as_mut().map(fill_width);
         m.check()?;
