@@ -10,7 +10,7 @@ use super::plan::ChunkPlan;
 use super::sequence::assemble;
 use crate::autograd::{Var, no_grad};
 use crate::ops::{self, Mask, RopeTable, concat, expand, narrow, reshape};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor, check_memory};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -46,9 +46,14 @@ struct Chunks {
 }
 
 impl Cat {
-    /// A model with random weights (spec section 1), the same for the same seed.
+    /// A model with random weights (spec section 1), the same for the same seed. Errors where there is not enough memory
+    /// for them.
     pub fn new(config: ModelConfig, seed: u64) -> Result<Self> {
-        Self::build(config, Builder::random(seed), Path::new("random weights"))
+        let source = Path::new("random weights");
+        let mut count = Builder::count();
+        Self::with(config.clone(), &mut count)?;
+        check_memory("this model (f32 weights)", count.elements() * DType::F32.size() as u128)?;
+        Self::build(config, Builder::random(seed), source)
     }
     /// A model with the given weights by native names. Errors name every missing, extra or misshapen tensor at once;
     /// `path` is what they name as the source.
@@ -56,8 +61,12 @@ impl Cat {
         Self::build(config, Builder::tensors(tensors), path)
     }
     pub(super) fn build(config: ModelConfig, mut builder: Builder, path: &Path) -> Result<Self> {
+        let model = Self::with(config, &mut builder)?;
+        builder.finish(path)?;
+        Ok(model)
+    }
+    fn with(config: ModelConfig, b: &mut Builder) -> Result<Self> {
         config.check()?;
-        let b = &mut builder;
         let (d, v) = (config.decoder.dim, config.vocab_rows());
         let init = linear_init(d);
         let adaptive = config.model_type == ModelType::CatAdaptive;
@@ -70,15 +79,13 @@ impl Cat {
             }),
             _ => None,
         };
-        let model = Self {
+        Ok(Self {
             chunks,
             wte: b.param("wte.weight", &[v, d], init)?,
             decoder: Stack::new(b, &config.decoder, Some(&config))?,
             output: b.param("output.weight", &[v, d], init)?,
             config,
-        };
-        builder.finish(path)?;
-        Ok(model)
+        })
     }
 
     /// What the model is.

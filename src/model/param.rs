@@ -41,7 +41,11 @@ pub enum Init {
 }
 
 enum Source {
-    Random { seed: u64 },
+    /// Nothing: parameters are placeholders, their elements are counted.
+    Count(u128),
+    Random {
+        seed: u64,
+    },
     Tensors(BTreeMap<String, Tensor>),
 }
 
@@ -56,6 +60,14 @@ pub struct Builder {
 }
 
 impl Builder {
+    /// Makes placeholders, to learn how many elements the parameters of a config have before taking memory for them.
+    pub fn count() -> Self {
+        Self::new(Source::Count(0))
+    }
+    /// The elements of all parameters asked of [`Builder::count`].
+    pub fn elements(&self) -> u128 {
+        if let Source::Count(n) = self.source { n } else { 0 }
+    }
     /// Parameters drawn at random. Each depends on the seed and its own name only.
     pub fn random(seed: u64) -> Self {
         Self::new(Source::Random { seed })
@@ -83,6 +95,10 @@ impl Builder {
     pub fn param(&mut self, name: &str, shape: &[usize], init: Init) -> Result<Param> {
         let name = format!("{}{name}", self.prefix);
         let value = match &mut self.source {
+            Source::Count(n) => {
+                *n = n.saturating_add(shape.iter().fold(1, |n, &d| n.saturating_mul(d as u128)));
+                placeholder()?
+            }
             Source::Random { seed } => draw(*seed, &name, shape, init)?,
             Source::Tensors(tensors) => match tensors.remove(&name) {
                 Some(t) if t.shape() == shape && t.dtype().is_float() => t,
@@ -94,8 +110,8 @@ impl Builder {
                         }
                         None => self.missing.push((self.display)(&name)),
                     }
-                    // a placeholder: `finish` fails before anyone computes with it
-                    Tensor::zeros(&[0], DType::F32, Device::Cpu)?
+                    // `finish` fails before anyone computes with it
+                    placeholder()?
                 }
             },
         };
@@ -105,7 +121,7 @@ impl Builder {
     pub fn finish(self, path: &Path) -> Result<()> {
         let extra: Vec<String> = match self.source {
             Source::Tensors(t) => t.into_keys().collect(),
-            Source::Random { .. } => vec![],
+            Source::Random { .. } | Source::Count(_) => vec![],
         };
         let kinds = [("missing", self.missing), ("not in this model", extra), ("of another shape", self.mismatched)];
         let wrong: Vec<String> = kinds
@@ -115,6 +131,10 @@ impl Builder {
             .collect();
         if wrong.is_empty() { Ok(()) } else { Err(Error::weights(path, wrong.join("; "))) }
     }
+}
+
+fn placeholder() -> Result<Tensor> {
+    Tensor::zeros(&[0], DType::F32, Device::Cpu)
 }
 
 fn draw(seed: u64, name: &str, shape: &[usize], init: Init) -> Result<Tensor> {

@@ -103,20 +103,20 @@ impl TrainConfig {
             batch_size: 16,
             seq_len: model.block_size,
             grad_accum: 1,
-            steps: 1500,
-            lr: 3e-3,
-            min_lr: 3e-4,
-            warmup: 100,
+            steps: 1400,
+            lr: 4e-3,
+            min_lr: 2e-4,
+            warmup: 80,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
             clip: 1.0,
             chunk_sizes: vec![],
-            eval_every: 250,
+            eval_every: 350,
             eval_windows: 64,
-            final_eval_windows: 512,
-            save_every: 500,
+            final_eval_windows: 256,
+            save_every: 350,
             seed: 0,
             recompute: false,
             dtype: DType::F32,
@@ -125,7 +125,7 @@ impl TrainConfig {
         };
         Ok(match name {
             "nano" => base,
-            "cpu-small" => Self { batch_size: 8, steps: 5000, lr: 1e-3, min_lr: 1e-4, ..base },
+            "cpu-small" => Self { batch_size: 8, steps: 5000, lr: 1e-3, min_lr: 1e-4, warmup: 200, ..base },
             // spec section 7: 0.5M tokens a step, 15B tokens in all
             _ => Self {
                 batch_size: 8,
@@ -176,7 +176,7 @@ impl TrainConfig {
             let have = m.vocab_size;
             return Err(Error::config(format!("the tokenizer has {vocab_size} ids, model.vocab_size is only {have}")));
         }
-        m.padded_vocab_size.get_or_insert(m.vocab_size.next_multiple_of(256));
+        m.padded_vocab_size = Some(m.vocab_rows());
         fill_width(&mut m.decoder);
         m.compressor.as_mut().map(fill_width);
         m.check()?;

@@ -149,7 +149,7 @@ impl Naive {
 
     /// The mask of section 2 over L rows with stride S.
     fn mask(len: usize, stride: usize) -> Vec<Vec<bool>> {
-        let see = |i: usize, j: usize| j <= i && (j % stride == 0 || j / stride == i / stride);
+        let see = |i: usize, j: usize| j <= i && (j.is_multiple_of(stride) || j / stride == i / stride);
         (0..len).map(|i| (0..len).map(|j| see(i, j)).collect()).collect()
     }
     /// Sections 2 and 4: block 0 rows 1..=C-1, later blocks rows 0..=C-1, the last row; one less or more for a

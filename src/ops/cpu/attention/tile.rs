@@ -221,6 +221,8 @@ fn accumulate<S: Simd, A: Lanes, const M: usize, const V: usize>(
     }
     for (p, b) in b.chunks(rb).take(k).enumerate() {
         let b: &[A::Of<S>] = bytemuck::cast_slice(&b[..n]);
+        // a counted loop, so that all M sums stay in registers
+        #[allow(clippy::needless_range_loop)]
         for i in 0..M {
             let a = A::splat(simd, a(p, i));
             for v in 0..V {
