@@ -36,7 +36,7 @@ fn between(draw: &mut Philox, low: usize, high: usize) -> usize {
 /// A small transformer with every option drawn.
 fn transformer(draw: &mut Philox) -> TransformerConfig {
     let heads = pick(draw, &[1, 2, 4]);
-    let kv: Vec<usize> = [1usize, 2, 4].into_iter().filter(|k| heads.is_multiple_of(*k)).collect();
+    let kv: Vec<usize> = [1usize, 2, 4].into_iter().filter(|&k| usize::is_multiple_of(heads, k)).collect();
     let (width, layers) = (pick(draw, &[2, 4, 6]), between(draw, 1, 3));
     TransformerConfig {
         n_local_heads: Some(pick(draw, &kv)),
