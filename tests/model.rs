@@ -161,7 +161,8 @@ proptest! {
         let n = c.block_size.min(chunk.unwrap_or(1) + 5);
         let (text, labels) = (ids(c, 2, n, draw), labels(c, 2, n, draw));
         let values: Vec<Tensor> = m.params().into_iter().map(|p| p.var.into_value()).collect();
-        let check = GradCheck { probes: 2, ..GradCheck::default() };
+        // random models of few units bend within 1e-4: a step far below that
+        let check = GradCheck { probes: 2, step: 2e-6, ..GradCheck::default() };
         let run = |vars: &[Var]| {
             let mut at = m.clone();
             at.params_mut().into_iter().zip(vars).for_each(|(p, v)| p.var = v.clone());
