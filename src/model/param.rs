@@ -1,10 +1,11 @@
 //! Named parameters, and the builder that makes them: drawn at random, or taken from a checkpoint's tensors.
 
+use super::formats::listed;
 use crate::autograd::Var;
 use crate::random;
 use crate::tensor::{DType, Device, Tensor};
 use crate::{Error, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Deref, DerefMut};
 use std::path::Path;
 
@@ -49,12 +50,26 @@ enum Source {
     Tensors(BTreeMap<String, Tensor>),
 }
 
+/// What is wrong with the parts that a parameter is made of in a checkpoint.
+pub(super) struct Parts {
+    pub native: String,
+    pub missing: Vec<String>,
+    pub mismatched: Vec<String>,
+}
+
+/// Why a tensor of a checkpoint does not fit.
+pub(super) fn misfit(name: &str, t: &Tensor, shape: &[usize]) -> String {
+    format!("{name} is {} {:?}, config says {shape:?}", t.dtype(), t.shape())
+}
+
 /// Hands out the parameters of a model by name, and keeps account of names that do not fit.
 pub struct Builder {
     source: Source,
     prefix: String,
     missing: Vec<String>,
     mismatched: Vec<String>,
+    /// Parameters whose parts in the file do not make them; what is wrong is noted already.
+    refused: BTreeSet<String>,
     /// How error messages call a parameter.
     display: fn(&str) -> String,
 }
@@ -77,11 +92,18 @@ impl Builder {
         Self::new(Source::Tensors(tensors))
     }
     fn new(source: Source) -> Self {
-        Self { source, prefix: String::new(), missing: vec![], mismatched: vec![], display: str::to_string }
+        let refused = BTreeSet::new();
+        Self { source, prefix: String::new(), missing: vec![], mismatched: vec![], refused, display: str::to_string }
     }
     /// Errors call parameters by `display(native name)`.
     pub fn naming(self, display: fn(&str) -> String) -> Self {
         Self { display, ..self }
+    }
+    /// A parameter that the checkpoint holds in parts, some of them missing or of another shape.
+    pub(super) fn refuse(&mut self, parts: Parts) {
+        self.refused.insert(parts.native);
+        self.missing.extend(parts.missing);
+        self.mismatched.extend(parts.mismatched);
     }
     /// Run `f` with `name.` put before every name.
     pub fn at<T>(&mut self, name: impl std::fmt::Display, f: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
@@ -104,10 +126,8 @@ impl Builder {
                 Some(t) if t.shape() == shape && t.dtype().is_float() => t,
                 other => {
                     match other {
-                        Some(t) => {
-                            let name = (self.display)(&name);
-                            self.mismatched.push(format!("{name} is {} {:?}, config says {shape:?}", t.dtype(), t.shape()));
-                        }
+                        _ if self.refused.contains(&name) => {}
+                        Some(t) => self.mismatched.push(misfit(&(self.display)(&name), &t, shape)),
                         None => self.missing.push((self.display)(&name)),
                     }
                     // `finish` fails before anyone computes with it
@@ -127,7 +147,7 @@ impl Builder {
         let wrong: Vec<String> = kinds
             .iter()
             .filter(|(_, n)| !n.is_empty())
-            .map(|(what, names)| format!("{what}: {}", names.join(", ")))
+            .map(|(what, names)| format!("{what}: {}", listed(names.iter().map(String::as_str))))
             .collect();
         if wrong.is_empty() { Ok(()) } else { Err(Error::weights(path, wrong.join("; "))) }
     }
