@@ -78,6 +78,10 @@ fn matmul_tensor(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (m, k, n) = (a.dim(a.rank() - 2), a.last_dim(), b.last_dim());
     let lead = broadcast_shape("matmul", &a.shape()[..a.rank() - 2], &b.shape()[..b.rank() - 2])?;
     let with = |last: [usize; 2]| lead.iter().copied().chain(last).collect::<Vec<_>>();
+    if lead.iter().product::<usize>() == 1 {
+        // one product: its rows are shared among the threads, where several would each have one
+        return gemm(&a.reshape(&[m, k])?, &b.reshape(&[k, n])?, None)?.reshape(&with([m, n]));
+    }
     let (a, b) = (a.expand(&with([m, k]))?, b.expand(&with([k, n]))?);
     match a.device() {
         Device::Cpu => cpu::matmul::batched(&a, &b),
