@@ -29,7 +29,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Train a model; without arguments, a small adaptive CAT on data/shakespeare.txt
-    Train(train::Train),
+    Train(Box<train::Train>),
     /// Continue a prompt, chunk by chunk with the compressed cache
     Generate(generate::Generate),
     /// Logits (loss, gradients, greedy tokens) of ids in a safetensors file

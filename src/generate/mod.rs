@@ -48,8 +48,9 @@ impl<'m> Generator<'m> {
         options.sampling.check()?;
         let more = options.max_new_tokens.saturating_sub(1);
         let (len, block_size) = (prompt.shape().last().copied().unwrap_or(0), model.config().block_size);
-        if len + more > block_size {
-            return Err(Error::Length { len: len + more, block_size });
+        let all = len.saturating_add(more);
+        if all > block_size {
+            return Err(Error::Length { len: all, block_size });
         }
         let (logits, cache) = model.prefill(prompt, options.chunk_size, more)?;
         Ok(Self { model, options, cache, logits, produced: 0 })
@@ -95,8 +96,9 @@ impl Iterator for Generator<'_> {
 /// All tokens at once: prompt `[B, P]` -> `[B, max_new_tokens]`.
 pub fn generate(model: &Cat, prompt: &Tensor, options: GenerateOptions) -> Result<Tensor> {
     let (b, n) = (prompt.shape().first().copied().unwrap_or(0), options.max_new_tokens);
+    let generator = Generator::new(model, prompt, options)?;
     let mut ids = vec![0i64; b * n];
-    for (t, turn) in Generator::new(model, prompt, options)?.enumerate() {
+    for (t, turn) in generator.enumerate() {
         for (r, id) in turn?.into_iter().enumerate() {
             ids[r * n + t] = id;
         }

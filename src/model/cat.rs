@@ -10,7 +10,7 @@ use super::plan::ChunkPlan;
 use super::sequence::assemble;
 use crate::autograd::{Var, no_grad};
 use crate::ops::{self, Mask, RopeTable, concat, expand, narrow, reshape};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor, check_memory};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -46,9 +46,14 @@ struct Chunks {
 }
 
 impl Cat {
-    /// A model with random weights (spec section 1), the same for the same seed.
+    /// A model with random weights (spec section 1), the same for the same seed. Errors where there is not enough memory
+    /// for them.
     pub fn new(config: ModelConfig, seed: u64) -> Result<Self> {
-        Self::build(config, Builder::random(seed), Path::new("random weights"))
+        let source = Path::new("random weights");
+        let mut count = Builder::count();
+        Self::with(config.clone(), &mut count)?;
+        check_memory("this model (f32 weights)", count.elements() * DType::F32.size() as u128)?;
+        Self::build(config, Builder::random(seed), source)
     }
     /// A model with the given weights by native names. Errors name every missing, extra or misshapen tensor at once;
     /// `path` is what they name as the source.
@@ -56,8 +61,12 @@ impl Cat {
         Self::build(config, Builder::tensors(tensors), path)
     }
     pub(super) fn build(config: ModelConfig, mut builder: Builder, path: &Path) -> Result<Self> {
+        let model = Self::with(config, &mut builder)?;
+        builder.finish(path)?;
+        Ok(model)
+    }
+    fn with(config: ModelConfig, b: &mut Builder) -> Result<Self> {
         config.check()?;
-        let b = &mut builder;
         let (d, v) = (config.decoder.dim, config.vocab_rows());
         let init = linear_init(d);
         let adaptive = config.model_type == ModelType::CatAdaptive;
@@ -70,15 +79,13 @@ impl Cat {
             }),
             _ => None,
         };
-        let model = Self {
+        Ok(Self {
             chunks,
             wte: b.param("wte.weight", &[v, d], init)?,
             decoder: Stack::new(b, &config.decoder, Some(&config))?,
             output: b.param("output.weight", &[v, d], init)?,
             config,
-        };
-        builder.finish(path)?;
-        Ok(model)
+        })
     }
 
     /// What the model is.
@@ -199,15 +206,15 @@ impl Cat {
     pub fn prefill(&self, ids: &Tensor, chunk_size: Option<usize>, more: usize) -> Result<(Tensor, Cache)> {
         let (b, n) = self.check_ids(ids, 0)?;
         let chunk = self.config.resolve_chunk_size(chunk_size)?;
-        let total = (n + more).min(self.config.block_size);
-        let mut cache = Cache { chunk, tokens: n, pending: None, layers: Vec::new() };
+        let room = n.saturating_add(more).min(self.config.block_size);
+        let mut cache = Cache { batch: b, chunk, tokens: n, room, pending: None, layers: Vec::new() };
         no_grad(|| {
             let plan = self.plan(chunk, n);
             let rows = match &self.chunks {
-                Some(_) => total / chunk + 1 + chunk + 1,
-                None => total,
+                Some(_) => room / chunk + 1 + chunk + 1,
+                None => room,
             };
-            cache.layers = self.decoder.blocks.iter().map(|l| l.new_cache(b, rows, total, chunk)).collect::<Result<_>>()?;
+            cache.layers = self.decoder.blocks.iter().map(|l| l.new_cache(b, rows, room, chunk)).collect::<Result<_>>()?;
             let (x, mut pass, slots) = match plan {
                 Some(plan) if self.chunks.is_some() => {
                     // slots see slots, the open block's rows see slots and one another: nothing else need be computed
@@ -232,12 +239,25 @@ impl Cat {
         })
     }
 
-    /// Append one token a row, ids `[B]`: the logits of the next, `[B, V]`.
+    /// Append one token a row, ids `[B]`: the logits of the next, `[B, V]`. Ids that cannot be appended leave the cache
+    /// as it was.
     pub fn step(&self, ids: &Tensor, cache: &mut Cache) -> Result<Tensor> {
         let ids = ids.reshape(&[ids.numel(), 1])?;
         let (b, _) = self.check_ids(&ids, cache.tokens)?;
+        if b != cache.batch {
+            return Err(Error::shape("step", format!("{b} tokens for a cache of {} rows: give one a row", cache.batch)));
+        }
+        if cache.tokens >= cache.room {
+            let room = cache.room;
+            return Err(Error::shape(
+                "step",
+                format!("the cache has room for {room} tokens: make room for more in prefill"),
+            ));
+        }
         no_grad(|| {
             let plan = self.plan(cache.chunk, 1);
+            // before anything in the cache changes: this checks the ids
+            let token = ops::embedding(&ids, &self.wte)?;
             let (x, mut pass, slots) = match (&self.chunks, plan) {
                 (Some(c), Some(plan)) => {
                     let pending = match cache.pending.take() {
@@ -257,10 +277,10 @@ impl Cat {
                     } else {
                         cache.pending = Some(pending);
                         let position = [plan.header - 1 + n];
-                        (ops::embedding(&ids, &self.wte)?, Pass::new(self.rope(&position)?, Mask::Causal), 0)
+                        (token, Pass::new(self.rope(&position)?, Mask::Causal), 0)
                     }
                 }
-                (_, layer_plan) => (ops::embedding(&ids, &self.wte)?, self.token_pass(layer_plan, cache.tokens, 1)?, 0),
+                (_, layer_plan) => (token, self.token_pass(layer_plan, cache.tokens, 1)?, 0),
             };
             pass.keep = Some(vec![x.shape()[1] - 1]);
             let h = self.decoder.forward_cached(&x, &pass, &mut cache.layers, slots)?;
@@ -284,8 +304,11 @@ impl Cat {
 /// What generation keeps of the past (spec section 5).
 #[derive(Clone, Debug)]
 pub struct Cache {
+    batch: usize,
     chunk: usize,
     tokens: usize,
+    /// Tokens that fit.
+    room: usize,
     /// Ids of the block that is not full yet, `[B, n]`.
     pending: Option<Tensor>,
     layers: Vec<LayerCache>,

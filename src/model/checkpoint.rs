@@ -59,11 +59,7 @@ fn read_config(dir: &Path) -> Result<(ModelConfig, FolderFormat, bool)> {
 /// Read a model folder of either format, weights as `dtype` (or as stored).
 pub fn load(dir: &Path, dtype: Option<DType>) -> Result<Checkpoint> {
     let (config, format, tied) = read_config(dir)?;
-    let tensors = load_tensors(dir)?;
-    let (mut tensors, chunk_step) = match format {
-        FolderFormat::Native => (tensors, None),
-        FolderFormat::HuggingFace => hf::tensors_from_hf(&config, tensors, tied)?,
-    };
+    let mut tensors = load_tensors(dir)?;
     let dtype = match dtype {
         Some(d) => Some(d),
         None => mixed_float(&tensors),
@@ -73,10 +69,15 @@ pub fn load(dir: &Path, dtype: Option<DType>) -> Result<Checkpoint> {
             *t = crate::ops::cast_tensor(t, d)?;
         }
     }
-    let mut builder = Builder::tensors(tensors);
-    if format == FolderFormat::HuggingFace {
-        builder = builder.naming(|native| hf::hf_names(native).join(", "));
-    }
+    let (builder, chunk_step) = match format {
+        FolderFormat::Native => (Builder::tensors(tensors), None),
+        FolderFormat::HuggingFace => {
+            let from = hf::tensors_from_hf(&config, tensors, tied)?;
+            let mut b = Builder::tensors(from.tensors).naming(|native| hf::hf_names(native).join(", "));
+            from.refused.into_iter().for_each(|parts| b.refuse(parts));
+            (b, from.chunk_step)
+        }
+    };
     Ok(Checkpoint { model: Cat::build(config, builder, dir)?, format, chunk_step })
 }
 

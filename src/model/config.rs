@@ -80,7 +80,12 @@ fn default_eps() -> f64 {
 /// `2/3 * ratio * dim`, truncated, then rounded up to a multiple of 256: the width of SwiGLU (ratio 4 by default).
 pub fn swiglu_width(dim: usize, ratio: f64) -> usize {
     let n = (2.0 * ratio * dim as f64 / 3.0) as usize;
-    n.max(1).next_multiple_of(256)
+    up_to_256(n.max(1))
+}
+
+/// Rounded up to a multiple of 256, or as far as integers go: sizes out of files are checked after this.
+fn up_to_256(n: usize) -> usize {
+    n.checked_next_multiple_of(256).unwrap_or(usize::MAX)
 }
 
 impl TransformerConfig {
@@ -119,6 +124,9 @@ impl TransformerConfig {
                 "dim, n_layer, n_head, n_local_heads, intermediate_size = {sizes:?} must be 1..={MAX_SIZE}"
             ));
         }
+        if self.n_layer > MAX_LAYERS {
+            return fail(format!("n_layer {} must be at most {MAX_LAYERS}", self.n_layer));
+        }
         if !self.dim.is_multiple_of(self.n_head) || !self.head_dim().is_multiple_of(2) {
             return fail(format!("dim {} must split into {} heads of even width", self.dim, self.n_head));
         }
@@ -126,7 +134,7 @@ impl TransformerConfig {
             return fail(format!("n_head {} must be a multiple of n_local_heads {}", self.n_head, self.kv_heads()));
         }
         let eps = self.qk_norm_eps.unwrap_or(self.norm_eps);
-        if !(self.norm_eps >= 0.0 && self.norm_eps < 1.0 && eps >= 0.0 && eps < 1.0) {
+        if ![self.norm_eps, eps].iter().all(|e| (0.0..1.0).contains(e)) {
             return fail(format!("norm_eps {} and qk_norm_eps {eps} must be in 0..1", self.norm_eps));
         }
         if !(self.rope_base > 0.0 && self.rope_base.is_finite()) {
@@ -138,6 +146,8 @@ impl TransformerConfig {
 
 /// No size in a config may pass this: it keeps products of sizes inside 64 bits, whatever a file says.
 const MAX_SIZE: usize = 1 << 24;
+/// Nor may the number of layers pass this: each costs memory before its weights do.
+const MAX_LAYERS: usize = 1 << 12;
 
 /// A whole model: the fields of `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -184,7 +194,7 @@ pub const CAT_LAYER_HEAD_DIM: usize = 64;
 pub const PRESETS: [&str; 4] = ["nano", "cpu-small", "paper-1b", "paper-dense"];
 
 impl ModelConfig {
-    /// A model by name. Sizes: `nano` 1.3M and `cpu-small` 4.4M (byte vocabulary), `paper-1b` 985M (spec sections 6
+    /// A model by name. Sizes: `nano` 0.7M and `cpu-small` 4.4M (byte vocabulary), `paper-1b` 985M (spec sections 6
     /// and 7) and its dense peer `paper-dense` 257M (gpt2 vocabulary).
     pub fn preset(name: &str) -> Result<Self> {
         let adaptive = |vocab, block, chunk, decoder, compressor| Self {
@@ -195,7 +205,7 @@ impl ModelConfig {
         };
         let t = TransformerConfig::new;
         Ok(match name {
-            "nano" => adaptive(256, 128, 16, t(128, 4, 4, true), t(64, 2, 1, true)),
+            "nano" => adaptive(256, 128, 16, t(96, 3, 4, true), t(64, 2, 1, true)),
             "cpu-small" => adaptive(256, 256, 16, t(256, 4, 4, true), t(128, 2, 1, true)),
             "paper-1b" => adaptive(50_257, 4096, 32, t(2048, 32, 12, true), t(1024, 16, 3, true)),
             "paper-dense" => Self::dense(50_257, 4096, t(1024, 16, 12, true)),
@@ -226,7 +236,7 @@ impl ModelConfig {
     }
     /// V: rows of embedding tables and width of logits.
     pub fn vocab_rows(&self) -> usize {
-        self.padded_vocab_size.unwrap_or_else(|| self.vocab_size.next_multiple_of(256))
+        self.padded_vocab_size.unwrap_or_else(|| up_to_256(self.vocab_size))
     }
     /// What layer `i` of the decoder mixes tokens with.
     pub fn layer_type(&self, i: usize) -> LayerType {

@@ -1,6 +1,7 @@
 //! The Hugging Face variant of the adaptive CAT (spec section 6): its config and its names, both ways.
 
 use super::config::{ChunkSizes, ModelConfig, ModelType, TransformerConfig, swiglu_width};
+use super::param::{Parts, misfit};
 use crate::ops::concat_tensors;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
@@ -178,34 +179,58 @@ fn native_names(c: &ModelConfig) -> Vec<String> {
     names
 }
 
-/// Tensors by Hugging Face names -> by native names; names that no parameter has pass unchanged. Also the position in
-/// the round of chunk sizes, if it is there.
-pub(super) fn tensors_from_hf(
-    c: &ModelConfig,
-    mut tensors: BTreeMap<String, Tensor>,
-    tied: bool,
-) -> Result<(BTreeMap<String, Tensor>, Option<i64>)> {
-    let step = tensors.remove(STEP_NAME).and_then(|t| t.to_vec::<i64>().ok()).and_then(|v| v.first().copied());
+/// Tensors of a Hugging Face folder under native names.
+pub(super) struct FromHf {
+    /// Names that no parameter has pass unchanged.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Joint projections whose parts do not make them.
+    pub refused: Vec<Parts>,
+    /// Position in the round of chunk sizes, if it is there.
+    pub chunk_step: Option<i64>,
+}
+
+/// Tensors by Hugging Face names, floats of one dtype, -> by native names.
+pub(super) fn tensors_from_hf(c: &ModelConfig, mut tensors: BTreeMap<String, Tensor>, tied: bool) -> Result<FromHf> {
+    let chunk_step = tensors.remove(STEP_NAME).and_then(|t| t.to_vec::<i64>().ok()).and_then(|v| v.first().copied());
     if tied
         && !tensors.contains_key("lm_head.weight")
         && let Some(shared) = tensors.get("model.embeddings.weight").cloned()
     {
         tensors.insert("lm_head.weight".into(), shared);
     }
-    let mut out = BTreeMap::new();
+    let (mut out, mut refused) = (BTreeMap::new(), Vec::new());
     for native in native_names(c) {
         let names = hf_names(&native);
-        if names.iter().all(|n| tensors.contains_key(n)) {
-            let parts: Vec<Tensor> = names.iter().filter_map(|n| tensors.remove(n)).collect();
-            let joined = match &parts[..] {
-                [one] => one.clone(),
-                several => concat_tensors(&several.iter().collect::<Vec<_>>(), 0)?,
-            };
-            out.insert(native, joined);
+        if let [name] = &names[..] {
+            out.extend(tensors.remove(name).map(|t| (native, t)));
+            continue;
+        }
+        let (part, rows) = joint_rows(c, &native)?;
+        let mut wrong = Parts { native, missing: vec![], mismatched: vec![] };
+        let mut found = Vec::with_capacity(3);
+        for (name, n) in names.into_iter().zip(rows) {
+            let shape = if name.ends_with(".bias") { vec![n] } else { vec![n, part.dim] };
+            match tensors.remove(&name) {
+                Some(t) if t.shape() == shape && t.dtype().is_float() => found.push(t),
+                Some(t) => wrong.mismatched.push(misfit(&name, &t, &shape)),
+                None => wrong.missing.push(name),
+            }
+        }
+        match found.len() {
+            3 => drop(out.insert(wrong.native, concat_tensors(&found.iter().collect::<Vec<_>>(), 0)?)),
+            _ => refused.push(wrong),
         }
     }
     out.append(&mut tensors);
-    Ok((out, step))
+    Ok(FromHf { tensors: out, refused, chunk_step })
+}
+
+/// The transformer that a joint q/k/v projection is of, and the rows of its three parts.
+fn joint_rows<'c>(c: &'c ModelConfig, native: &str) -> Result<(&'c TransformerConfig, [usize; 3])> {
+    let part = if native.starts_with("f.") { c.compressor.as_ref() } else { Some(&c.decoder) };
+    let part = part.ok_or_else(|| Error::config("a compressor's parameter in a model without one"))?;
+    let (q, kv) = (part.n_head * part.head_dim(), part.kv_heads() * part.head_dim());
+    Ok((part, [q, kv, kv]))
 }
 
 /// Tensors by native names -> by Hugging Face names (values or gradients alike).
@@ -217,10 +242,7 @@ pub(super) fn tensors_to_hf(c: &ModelConfig, tensors: Vec<(String, Tensor)>) -> 
             let t = if is_size_table(&native) { table_to_hf(c, &t)? } else { t };
             out.extend(names.into_iter().map(|n| (n, t.clone())));
         } else {
-            let part = if native.starts_with("f.") { c.compressor.as_ref() } else { Some(&c.decoder) };
-            let Some(part) = part else { return Err(Error::config("no compressor")) };
-            let (q, kv) = (part.n_head * part.head_dim(), part.kv_heads() * part.head_dim());
-            out.extend(names.into_iter().zip(t.split(0, &[q, kv, kv])?));
+            out.extend(names.into_iter().zip(t.split(0, &joint_rows(c, &native)?.1)?));
         }
     }
     Ok(out)

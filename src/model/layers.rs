@@ -180,7 +180,7 @@ impl FeedForward {
 /// What mixes tokens in a block.
 #[derive(Clone, Debug)]
 pub enum Mixer {
-    Dense(Attention),
+    Dense(Box<Attention>),
     Cat(Box<CatLayer>),
 }
 
@@ -236,7 +236,7 @@ impl Stack {
                     Some(m) if m.layer_type(i) == LayerType::Cat => {
                         Mixer::Cat(Box::new(b.at("attention", |b| CatLayer::new(b, m))?))
                     }
-                    _ => Mixer::Dense(b.at("attention", |b| Attention::new(b, shape, c))?),
+                    _ => Mixer::Dense(Box::new(b.at("attention", |b| Attention::new(b, shape, c))?)),
                 },
                 ffn_norm: Norm::new(b, "ffn_norm", c.dim, c.norm_eps)?,
                 feed_forward: b.at("feed_forward", |b| FeedForward::new(b, c))?,

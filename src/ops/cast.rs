@@ -5,7 +5,8 @@ use crate::autograd::{Var, record_one};
 use crate::tensor::{DType, Device, Tensor};
 use crate::{Result, with_float};
 
-/// The same elements in another float dtype, rounded to nearest even. Backward casts the gradient back.
+/// The same elements in another float dtype, rounded to nearest even (f64 to 16 bits by way of f32). Backward casts the
+/// gradient back.
 pub fn cast(x: &Var, dtype: DType) -> Result<Var> {
     let (y, from) = (cast_tensor(x.value(), dtype)?, x.dtype());
     Ok(record_one("cast", &[x], y, move |flow| {

@@ -23,7 +23,7 @@ pub fn linear(x: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
     }
     let mut shape = xv.shape().to_vec();
     let (o, i) = (w.dim(0), w.dim(1));
-    let rows = xv.numel() / i.max(1);
+    let rows = shape[..shape.len() - 1].iter().product();
     shape[xv.rank() - 1] = o;
     let x2 = xv.reshape(&[rows, i])?;
     let start = match bias {

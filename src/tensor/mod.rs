@@ -9,6 +9,7 @@ mod storage;
 
 pub use dtype::{DType, Element, Float, Real};
 pub use layout::{Layout, checked_numel};
+pub(crate) use storage::check_memory;
 pub use storage::{Device, MemoryStats, memory_stats};
 
 use crate::{Error, Result};
@@ -106,11 +107,14 @@ impl Tensor {
     pub fn ids(data: &[i64], shape: &[usize]) -> Result<Self> {
         Self::from_slice(data, shape)
     }
-    /// Every element 0. Errors when the shape has too many elements for memory.
+    /// Every element 0. Errors where there is not enough memory.
     pub fn zeros(shape: &[usize], dtype: DType, device: Device) -> Result<Self> {
         let n = checked_numel("zeros", shape)?;
         match device {
-            Device::Cpu => Ok(Self::over(CpuBuffer::zeroed(dtype, n), dtype, shape)),
+            Device::Cpu => match CpuBuffer::zeroed(dtype, n) {
+                Some(buffer) => Ok(Self::over(buffer, dtype, shape)),
+                None => Err(storage::no_memory(&format!("a tensor of shape {shape:?}"), n as u128 * dtype.size() as u128)),
+            },
         }
     }
     /// Every element `value`, without memory for each: one element, repeated by strides of 0.
@@ -293,7 +297,8 @@ impl Tensor {
     }
     /// Pieces of the given sizes along `dim`; the sizes must add up.
     pub fn split(&self, dim: usize, sizes: &[usize]) -> Result<Vec<Self>> {
-        if self.shape().get(dim) != Some(&sizes.iter().sum()) {
+        let total = sizes.iter().try_fold(0usize, |sum, &n| sum.checked_add(n));
+        if total.is_none() || self.shape().get(dim).copied() != total {
             return Err(Error::shape("split", format!("sizes {sizes:?} along dimension {dim} of shape {:?}", self.shape())));
         }
         let mut at = 0;

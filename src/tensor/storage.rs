@@ -101,31 +101,50 @@ fn size_class(lines: usize) -> usize {
     lines.div_ceil(step) * step
 }
 
+/// A free buffer of this many lines, if there is one.
+fn reuse(lines: usize) -> Option<Vec<Line>> {
+    if lines < POOLED_LINES {
+        return None;
+    }
+    let found = FREE.lock().ok()?.get_mut(&lines)?.pop()?;
+    FREE_BYTES.fetch_sub(lines * 64, Relaxed);
+    Some(found)
+}
+
+/// Errors where this process could not get so much memory at once. Asks the system, touches nothing.
+pub(crate) fn check_memory(what: &str, bytes: u128) -> crate::Result<()> {
+    let fits = usize::try_from(bytes).is_ok_and(|n| Vec::<u8>::new().try_reserve_exact(n).is_ok());
+    if fits { Ok(()) } else { Err(no_memory(what, bytes)) }
+}
+
+pub(super) fn no_memory(what: &str, bytes: u128) -> crate::Error {
+    let detail = format!("{what} needs {bytes} bytes, more memory than there is: choose smaller sizes");
+    crate::Error::Device { device: "cpu".into(), detail }
+}
+
 impl CpuBuffer {
     /// A buffer whose elements are unspecified (valid, but possibly left over): for outputs that are written whole.
     pub fn unspecified(dtype: DType, n: usize) -> Self {
-        Self::take(n * dtype.size()).0
+        let bytes = n * dtype.size();
+        let class = size_class(bytes.div_ceil(64));
+        Self::of(reuse(class).unwrap_or_else(|| bytemuck::allocation::zeroed_vec(class)), bytes)
     }
-    pub fn zeroed(dtype: DType, n: usize) -> Self {
-        let (mut b, fresh) = Self::take(n * dtype.size());
-        if !fresh {
+    /// `None` where there is not so much memory: sizes out of a file or a command line end here.
+    pub fn zeroed(dtype: DType, n: usize) -> Option<Self> {
+        let bytes = n * dtype.size();
+        let class = size_class(bytes.div_ceil(64));
+        if let Some(lines) = reuse(class) {
+            let mut b = Self::of(lines, bytes);
             b.as_mut_slice::<u8>().fill(0);
+            return Some(b);
         }
-        b
+        bytemuck::allocation::try_zeroed_vec(class).ok().map(|lines| Self::of(lines, bytes))
     }
-    /// The buffer, and whether it is fresh (and so zero).
-    fn take(bytes: usize) -> (Self, bool) {
-        let lines = size_class(bytes.div_ceil(64));
-        let held = CURRENT.fetch_add(lines * 64, Relaxed) + lines * 64;
+    fn of(lines: Vec<Line>, bytes: usize) -> Self {
+        let more = lines.len() * 64;
+        let held = CURRENT.fetch_add(more, Relaxed) + more;
         PEAK.fetch_max(held, Relaxed);
-        if lines >= POOLED_LINES
-            && let Ok(mut free) = FREE.lock()
-            && let Some(lines) = free.get_mut(&lines).and_then(Vec::pop)
-        {
-            FREE_BYTES.fetch_sub(lines.len() * 64, Relaxed);
-            return (Self { lines, bytes }, false);
-        }
-        (Self { lines: bytemuck::allocation::zeroed_vec(lines), bytes }, true)
+        Self { lines, bytes }
     }
     pub fn as_slice<T: Pod>(&self) -> &[T] {
         let bytes: &[u8] = bytemuck::cast_slice(&self.lines);

@@ -103,20 +103,20 @@ impl TrainConfig {
             batch_size: 16,
             seq_len: model.block_size,
             grad_accum: 1,
-            steps: 1500,
-            lr: 3e-3,
-            min_lr: 3e-4,
-            warmup: 100,
+            steps: 1400,
+            lr: 4e-3,
+            min_lr: 2e-4,
+            warmup: 80,
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
             clip: 1.0,
             chunk_sizes: vec![],
-            eval_every: 250,
+            eval_every: 350,
             eval_windows: 64,
-            final_eval_windows: 512,
-            save_every: 500,
+            final_eval_windows: 256,
+            save_every: 350,
             seed: 0,
             recompute: false,
             dtype: DType::F32,
@@ -125,7 +125,7 @@ impl TrainConfig {
         };
         Ok(match name {
             "nano" => base,
-            "cpu-small" => Self { batch_size: 8, steps: 5000, lr: 1e-3, min_lr: 1e-4, ..base },
+            "cpu-small" => Self { batch_size: 8, steps: 5000, lr: 1e-3, min_lr: 1e-4, warmup: 200, ..base },
             // spec section 7: 0.5M tokens a step, 15B tokens in all
             _ => Self {
                 batch_size: 8,
@@ -151,8 +151,19 @@ impl TrainConfig {
     }
     /// This configuration with every field of `given` put over it, tables key by key. Unknown fields are errors; `path`
     /// is what they name as the source.
+    ///
+    /// A `model` table with a `model_type` is a whole model; one without changes fields of the model there is.
     pub fn with(&self, given: toml::Table, path: &Path) -> Result<Self> {
-        let mut merged = toml::Table::try_from(self).map_err(|e| bad_toml(path, &e))?;
+        let mut base = self.clone();
+        if let Some(model) = given.get("model").and_then(toml::Value::as_table) {
+            if model.contains_key("model_type") {
+                base.model = None;
+            } else if base.model.is_none() {
+                let preset = given.get("preset").and_then(toml::Value::as_str).unwrap_or(&self.preset);
+                base.model = Some(ModelConfig::preset(preset)?);
+            }
+        }
+        let mut merged = toml::Table::try_from(&base).map_err(|e| bad_toml(path, &e))?;
         put_over(&mut merged, given);
         merged.try_into().map_err(|e| bad_toml(path, &e))
     }
@@ -176,7 +187,7 @@ impl TrainConfig {
             let have = m.vocab_size;
             return Err(Error::config(format!("the tokenizer has {vocab_size} ids, model.vocab_size is only {have}")));
         }
-        m.padded_vocab_size.get_or_insert(m.vocab_size.next_multiple_of(256));
+        m.padded_vocab_size = Some(m.vocab_rows());
         fill_width(&mut m.decoder);
         m.compressor.as_mut().map(fill_width);
         m.check()?;
@@ -188,6 +199,11 @@ impl TrainConfig {
         let fail = |why: String| Err(Error::config(why));
         if self.batch_size == 0 || self.seq_len == 0 || self.grad_accum == 0 || self.steps == 0 {
             return fail("batch_size, seq_len, grad_accum and steps must be at least 1".into());
+        }
+        let batch = self.batch_size.checked_mul(self.seq_len).filter(|&n| n <= MAX_BATCH);
+        if batch.is_none() || self.steps.checked_mul(self.grad_accum as u64).is_none_or(|n| n > MAX_MICRO_STEPS) {
+            let (b, n, a, s) = (self.batch_size, self.seq_len, self.grad_accum, self.steps);
+            return fail(format!("batch_size {b} x seq_len {n} or grad_accum {a} x steps {s} is too large: choose smaller ones"));
         }
         if self.eval_windows == 0 || self.final_eval_windows == 0 {
             return fail("eval_windows and final_eval_windows must be at least 1".into());
@@ -230,6 +246,10 @@ impl TrainConfig {
         self.min_lr + 0.5 * (self.lr - self.min_lr) * (1.0 + (std::f64::consts::PI * progress).cos())
     }
 }
+
+/// Tokens of a micro-batch, and micro-batches of a run: beyond these, numbers are mistakes.
+const MAX_BATCH: usize = 1 << 28;
+pub(super) const MAX_MICRO_STEPS: u64 = 1 << 53;
 
 fn bad_toml(path: &Path, e: &dyn std::fmt::Display) -> Error {
     let text = e.to_string();

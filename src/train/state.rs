@@ -5,7 +5,10 @@
 //! Batches, chunk sizes and rates are functions of the seed and the step, so the step is the position in the data and
 //! the state of the random numbers as well.
 
+use super::config::MAX_MICRO_STEPS;
 use super::{Optimizer, TrainConfig, Trainer};
+use crate::data::Tokenizer;
+use crate::data::tokenizer::TOKENIZER_FILE;
 use crate::model::formats::{read_safetensors, write_atomically, write_safetensors};
 use crate::model::{FolderFormat, save};
 use crate::tensor::Tensor;
@@ -15,6 +18,14 @@ use std::path::Path;
 
 const STATE: &str = "training_state.safetensors";
 const CONFIG: &str = "train.toml";
+
+/// Remove a file that may be absent.
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path)(e)),
+        _ => Ok(()),
+    }
+}
 
 impl Trainer {
     /// Write the state, the model, the tokenizer and the resolved configuration into `config.out`.
@@ -35,6 +46,10 @@ impl Trainer {
         write_safetensors(&dir.join(STATE), &borrowed, &metadata)?;
         save(dir, &self.model, FolderFormat::Native, None)?;
         self.tokenizer.save(dir)?;
+        if matches!(self.tokenizer, Tokenizer::Bytes) {
+            // an earlier run's would be taken for this one's
+            remove(&dir.join(TOKENIZER_FILE))?;
+        }
         self.save_config(&toml)
     }
     fn save_config(&self, toml: &str) -> Result<()> {
@@ -50,9 +65,13 @@ impl Trainer {
         let text = |key: &str| {
             file.metadata.get(key).cloned().ok_or_else(|| Error::format(&path, format!("not a training state: no '{key}'")))
         };
-        let step = text("step")?.parse().map_err(|_| Error::format(&path, "its step is not a number"))?;
+        let step: u64 = text("step")?.parse().map_err(|_| Error::format(&path, "its step is not a number"))?;
         let saved = TrainConfig::from_table(TrainConfig::parse_table(&text("config")?, &path)?, &path, "nano")?;
-        let mut trainer = Self::new(adjust(saved)?)?;
+        let config = adjust(saved)?;
+        if step.checked_mul(config.grad_accum as u64).is_none_or(|n| n > MAX_MICRO_STEPS) {
+            return Err(Error::format(&path, format!("its step {step} is no step that a run can be at")));
+        }
+        let mut trainer = Self::new(config)?;
         let mut problems = Vec::new();
         let mut take = |kind: &str, name: &str, into: &mut Tensor| match file.tensors.remove(&format!("{kind}.{name}")) {
             Some(t) if t.shape() == into.shape() && t.dtype() == into.dtype() => *into = t,

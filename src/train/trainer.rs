@@ -29,10 +29,14 @@ impl Source {
     fn open(c: &TrainConfig, tokenizer: &Tokenizer) -> Result<Self> {
         match c.task {
             Task::Mqar => Ok(Self::Mqar(Mqar::new(c.mqar.vocab_size, c.mqar.pairs, c.seq_len, c.seed)?)),
-            Task::Text => Ok(Self::Text {
-                data: Dataset::open(&c.data, tokenizer, c.val_fraction)?,
-                sampler: BatchSampler::new(c.seed, c.batch_size, c.seq_len)?,
-            }),
+            Task::Text => {
+                let data = Dataset::open(&c.data, tokenizer, c.val_fraction)?;
+                let sampler = BatchSampler::new(c.seed, c.batch_size, c.seq_len)?;
+                // a text too short for a batch or a validation is known now, not after hours
+                sampler.starts(&data.train, 0)?;
+                Windows::new(&data.val, c.batch_size, c.seq_len, None)?;
+                Ok(Self::Text { data, sampler })
+            }
         }
     }
     /// Micro-batch number `i` of the run: a function of the seed and `i` alone, so `i` is all a checkpoint keeps.
@@ -106,28 +110,15 @@ impl Trainer {
         self.step * self.config.grad_accum as u64
     }
 
-    /// One optimizer step.
+    /// One optimizer step. An error leaves weights, moments and step as they were.
     pub fn step(&mut self) -> Result<StepReport> {
         let start = Instant::now();
-        let c = &self.config;
-        let (accum, first) = (c.grad_accum as u64, self.micro_steps());
-        let (mut loss, mut chunk_sizes) = (0.0, Vec::new());
-        for i in first..first + accum {
-            let chunk_size = self.round[(i % self.round.len() as u64) as usize];
-            let batch = self.source.batch(i, c.batch_size)?;
-            let options = ForwardOptions { chunk_size, recompute: c.recompute };
-            loss += micro_step(&self.model, &batch, options, 1.0 / accum as f64, &mut self.grads)? / accum as f64;
-            chunk_sizes.extend(chunk_size);
-        }
-        if !loss.is_finite() {
-            self.grads.clear();
-            let detail = format!("the loss of step {} is {loss}: lower the rate, or look at the data", self.step + 1);
-            return Err(Error::gradient("train", detail));
-        }
-        let lr = c.rate(self.step);
-        let settings = AdamWSettings { lr, beta1: c.beta1, beta2: c.beta2, eps: c.eps, weight_decay: c.weight_decay };
-        let grad_norm = self.optimizer.step(&mut self.model, &mut self.grads, self.step + 1, &settings, c.clip)?;
+        let done = self.micro_batches().and_then(|(loss, chunk_sizes)| Ok((loss, chunk_sizes, self.update()?)));
+        // whatever an error left behind must not count in the next step
+        self.grads.clear();
+        let (loss, chunk_sizes, (lr, grad_norm)) = done?;
         self.step += 1;
+        let c = &self.config;
         let tokens = (c.batch_size * c.seq_len * c.grad_accum) as f64;
         Ok(StepReport {
             step: self.step,
@@ -138,6 +129,32 @@ impl Trainer {
             tokens_per_s: tokens / start.elapsed().as_secs_f64(),
             memory: crate::tensor::memory_stats().peak,
         })
+    }
+    /// Gradients of the step's micro-batches, averaged; returns their mean loss and their chunk sizes.
+    fn micro_batches(&mut self) -> Result<(f64, Vec<usize>)> {
+        let c = &self.config;
+        let (accum, first) = (c.grad_accum as u64, self.micro_steps());
+        let (mut loss, mut chunk_sizes) = (0.0, Vec::new());
+        for i in first..first + accum {
+            let chunk_size = self.round[(i % self.round.len() as u64) as usize];
+            let batch = self.source.batch(i, c.batch_size)?;
+            let options = ForwardOptions { chunk_size, recompute: c.recompute };
+            loss += micro_step(&self.model, &batch, options, 1.0 / accum as f64, &mut self.grads)? / accum as f64;
+            chunk_sizes.extend(chunk_size);
+        }
+        if loss.is_finite() {
+            return Ok((loss, chunk_sizes));
+        }
+        let detail = format!("the loss of step {} is {loss}: lower the rate, or look at the data", self.step + 1);
+        Err(Error::gradient("train", detail))
+    }
+    /// The optimizer's part of a step: its rate, and the norm of the gradient.
+    fn update(&mut self) -> Result<(f64, f64)> {
+        let c = &self.config;
+        let lr = c.rate(self.step);
+        let settings = AdamWSettings { lr, beta1: c.beta1, beta2: c.beta2, eps: c.eps, weight_decay: c.weight_decay };
+        let norm = self.optimizer.step(&mut self.model, &mut self.grads, self.step + 1, &settings, c.clip)?;
+        Ok((lr, norm))
     }
 
     /// Ids that begin the held-out text, a quarter of a row, to continue in samples; `None` where there is no text.

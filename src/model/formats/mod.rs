@@ -152,7 +152,7 @@ fn shown(text: &str) -> String {
 }
 
 /// Names out of a file as one line; all of them, short of thousands.
-fn listed<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
+pub(super) fn listed<'a>(names: impl IntoIterator<Item = &'a str>) -> String {
     const MAX: usize = 1000;
     let mut names = names.into_iter();
     let mut line = names.by_ref().take(MAX).map(shown).collect::<Vec<_>>().join(", ");

@@ -34,7 +34,7 @@ impl<T: Element, const N: usize> Rows<T, N> {
         let numel = inputs[0].numel();
         let flat = inputs.iter().all(|t| t.is_contiguous());
         // a flat run is cut where its length divides, else kept as the rows that it has
-        let width = if flat && numel % Self::LONGEST == 0 { Self::LONGEST } else { inputs[0].last_dim() };
+        let width = if flat && numel.is_multiple_of(Self::LONGEST) { Self::LONGEST } else { inputs[0].last_dim() };
         let mut views = inputs.map(Tensor::clone);
         if flat && width > 0 {
             for v in &mut views {

@@ -7,8 +7,8 @@ use rayon::prelude::*;
 
 /// Sum over `dims` (kept as size 1), accumulated in the accumulator type.
 ///
-/// The view is permuted to `[kept, reduced]`. Where the kept dimensions end in a dense run, columns are added row by
-/// row in vectors; else each output sums its own run.
+/// The view is permuted to `[kept, reduced]`. Where the last dimension is kept, columns are added row by row in vectors;
+/// else each output sums its own run. The order follows from the shape alone: views sum like their copies, bit for bit.
 pub(crate) fn sum(x: &Tensor, dims: &[usize]) -> Result<Tensor> {
     let keep: Vec<usize> = (0..x.rank()).filter(|d| !dims.contains(d)).collect();
     let reduce: Vec<usize> = (0..x.rank()).filter(|d| dims.contains(d)).collect();
@@ -21,9 +21,8 @@ pub(crate) fn sum(x: &Tensor, dims: &[usize]) -> Result<Tensor> {
         if n == 0 || m == 0 {
             return Ok(y);
         }
-        let columns = keep.last().is_some_and(|&d| x.dim(d) > 1 && x.layout().strides()[d] == 1);
-        if columns {
-            let w = x.dim(keep[keep.len() - 1]);
+        if keep.last().is_some_and(|&d| d + 1 == x.rank()) && x.last_dim() > 1 {
+            let (x, w) = (x.dense_rows()?, x.last_dim());
             let order: Vec<usize> = [&keep[..keep.len() - 1], &reduce, &keep[keep.len() - 1..]].concat();
             let v = x.permute(&order)?;
             let src = v.storage_slice::<T>()?;

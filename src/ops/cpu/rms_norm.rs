@@ -91,15 +91,12 @@ pub(crate) fn backward(
                     simd(#[inline(always)] || {
                         let gx = sum_over(d, #[inline(always)] |i| dy[i].to_acc() * ws[i].to_acc() * x[i].to_acc());
                         let m = gx / A::of(d as f64) * rstd * rstd;
+                        let dh = dhs.map(|dhs| &dhs[row * d..][..d]);
                         for i in 0..d {
                             let (g, x) = (dy[i].to_acc(), x[i].to_acc());
                             dw[i] += g * x * rstd;
-                            dx[i] = T::from_acc(rstd * (g * ws[i].to_acc() - x * m));
-                        }
-                        if let Some(dhs) = dhs {
-                            for (dx, dh) in dx.iter_mut().zip(&dhs[row * d..][..d]) {
-                                *dx = T::from_acc(dx.to_acc() + dh.to_acc());
-                            }
+                            let through_h = dh.map_or(A::ZERO, |dh| dh[i].to_acc());
+                            dx[i] = T::from_acc(rstd * (g * ws[i].to_acc() - x * m) + through_h);
                         }
                     });
                 }

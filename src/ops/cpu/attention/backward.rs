@@ -1,7 +1,7 @@
 //! Attention backward on the CPU: one pass that computes the probabilities again. A task owns its key head's dK and dV
 //! and runs the query heads and rows in order, so sums have one order whatever the threads.
 
-use super::tile::{self, KEYS, ROWS, Seen};
+use super::tile::{self, KEYS, Lanes, ROWS, Seen};
 use super::{Sizes, View, by_head, gather, store, zeros};
 use crate::ops::attention::Mask;
 use crate::ops::cpu::{dot, simd};
@@ -23,8 +23,14 @@ pub(crate) fn backward(
 ) -> Result<[Tensor; 3]> {
     let n = Sizes::of(q, k, mask);
     let mut dq = Tensor::unspecified(&[n.b, n.lq, n.h, n.d], q.dtype());
-    let mut dk = Tensor::zeros(&[n.b, n.lk, n.hkv, n.d], q.dtype(), q.device())?;
-    let mut dv = Tensor::zeros(&[n.b, n.lk, n.hkv, n.d], q.dtype(), q.device())?;
+    let (mut dk, mut dv) = if dq.numel() > 0 {
+        let keys = || Tensor::unspecified(&[n.b, n.lk, n.hkv, n.d], q.dtype());
+        (keys(), keys())
+    } else {
+        // keys without queries
+        let keys = || Tensor::zeros(&[n.b, n.lk, n.hkv, n.d], q.dtype(), q.device());
+        (keys()?, keys()?)
+    };
     if dq.numel() > 0 {
         with_float!(q.dtype(), "attention", T => {
             type A = <T as Float>::Acc;
@@ -78,7 +84,7 @@ struct Scratch<A> {
     rows: Vec<(A, A)>,
 }
 
-impl<T: Float> Input<'_, T> {
+impl<T: Float<Acc: Lanes>> Input<'_, T> {
     fn run(&self, dq: &mut [T], dk: &mut [T], dv: &mut [T]) {
         let n = self.n;
         let (per_task, q_len, k_len) = (n.batch_per_task(), n.lq * n.h * n.d, n.lk * n.hkv * n.d);

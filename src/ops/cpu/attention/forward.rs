@@ -1,6 +1,6 @@
 //! Attention forward on the CPU: online softmax over tiles of keys.
 
-use super::tile::{self, KEYS, ROWS, Seen, Stat};
+use super::tile::{self, KEYS, Lanes, ROWS, Seen, Stat};
 use super::{Sizes, View, by_head, decode, gather, store, zeros};
 use crate::ops::attention::Mask;
 use crate::ops::cpu::rms_norm::acc_dtype;
@@ -58,7 +58,7 @@ struct Scratch<A> {
     stats: Vec<Stat<A>>,
 }
 
-impl<T: Float> Input<'_, T> {
+impl<T: Float<Acc: Lanes>> Input<'_, T> {
     fn run(&self, y: &mut [T], lse: &mut [T::Acc]) {
         let n = self.n;
         let (per_task, row) = (n.batch_per_task(), n.lq * n.h);
@@ -138,7 +138,7 @@ impl<T: Float> Input<'_, T> {
     }
 }
 
-impl<T: Float> Input<'_, T> {
+impl<T: Float<Acc: Lanes>> Input<'_, T> {
     /// Keys and their values enter the tile from column `at` on.
     fn put(&self, x: &mut Scratch<T::Acc>, b: usize, head: usize, keys: StepBy<Range<usize>>, at: usize) {
         let (d, width) = (self.n.d, self.n.width());

@@ -3,6 +3,8 @@
 
 use crate::ops::cpu::simd;
 use crate::tensor::Real;
+use bytemuck::Pod;
+use pulp::{Simd, WithSimd};
 
 /// Lanes of a product's full and half width. Tiles that lie beside the lanes are padded to `HALF`.
 pub const FULL: usize = 16;
@@ -26,6 +28,10 @@ impl Seen {
     fn by(self, row: usize) -> usize {
         (self.first + self.step * row).saturating_sub(self.start).min(KEYS)
     }
+    /// Row length of the score tile of `m` rows: all columns that any of them sees, and up to a multiple of `HALF`.
+    pub fn wide(self, m: usize) -> usize {
+        self.by(m - 1).next_multiple_of(HALF)
+    }
     /// The first row that sees column j.
     #[inline(always)]
     fn from(self, j: usize) -> usize {
@@ -33,33 +39,32 @@ impl Seen {
     }
 }
 
-/// `c = a b`, or `c += a b`: a is M x k by `a(p)[i]`, b has rows of `rb` elements, c of `rc`; N lanes of both are used.
-#[inline(always)]
-fn product<A: Real, const M: usize, const N: usize>(
-    k: usize,
-    a: impl Fn(usize) -> [A; M],
-    b: (&[A], usize),
-    c: (&mut [A], usize),
-    add: bool,
-) {
-    let mut sum = [[A::ZERO; N]; M];
-    if add {
-        for (sum, c) in sum.iter_mut().zip(c.0.chunks(c.1)) {
-            sum.copy_from_slice(&c[..N]);
-        }
-    }
-    for (p, b) in b.0.chunks(b.1).take(k).enumerate() {
-        let (a, b) = (a(p), &b[..N]);
-        for i in 0..M {
-            for l in 0..N {
-                sum[i][l] = a[i].fma(b[l], sum[i][l]);
+/// The accumulator types in the vector registers of an instruction set. Spelled out for the products alone: whether a
+/// compiler keeps a register tile in vectors by itself depends on its size.
+pub trait Lanes: Real {
+    type Of<S: Simd>: Pod;
+    fn splat<S: Simd>(s: S, x: Self) -> Self::Of<S>;
+    /// `a * b + c` in one rounding.
+    fn mul_add<S: Simd>(s: S, a: Self::Of<S>, b: Self::Of<S>, c: Self::Of<S>) -> Self::Of<S>;
+}
+
+macro_rules! lanes {
+    ($t:ident, $of:ident, $splat:ident, $mul_add:ident) => {
+        impl Lanes for $t {
+            type Of<S: Simd> = S::$of;
+            #[inline(always)]
+            fn splat<S: Simd>(s: S, x: Self) -> S::$of {
+                s.$splat(x)
+            }
+            #[inline(always)]
+            fn mul_add<S: Simd>(s: S, a: S::$of, b: S::$of, c: S::$of) -> S::$of {
+                s.$mul_add(a, b, c)
             }
         }
-    }
-    for (sum, c) in sum.iter().zip(c.0.chunks_mut(c.1)) {
-        c[..N].copy_from_slice(sum);
-    }
+    };
 }
+lanes!(f32, f32s, splat_f32s, mul_add_f32s);
+lanes!(f64, f64s, splat_f64s, mul_add_f64s);
 
 /// The left side of a product: m x k, by rows or (transposed) by columns, with the distance between them.
 #[derive(Clone, Copy)]
@@ -68,8 +73,101 @@ enum Left<'a, A> {
     Columns(&'a [A], usize),
 }
 
+/// Up to `HEIGHT` rows of a product: `height` x `k` times `k` x `lanes`.
+struct Strip<'a, A> {
+    height: usize,
+    k: usize,
+    lanes: usize,
+    a: Left<'a, A>,
+    b: &'a [A],
+}
+
+/// `c = a b`, or `c += a b`, by strips: `strip(i)` are the rows from i on. Rows of b and c are `b.0` and `row` elements
+/// apart, and b's next `FULL` lanes lie `b.1` elements further.
+struct Sweep<'c, A, F> {
+    rows: usize,
+    b: (usize, usize),
+    c: &'c mut [A],
+    row: usize,
+    add: bool,
+    strip: F,
+}
+
+fn sweep<'a, A: Lanes>(
+    rows: usize,
+    b: (usize, usize),
+    (c, row): (&mut [A], usize),
+    add: bool,
+    strip: impl Fn(usize) -> Strip<'a, A>,
+) {
+    pulp::Arch::new().dispatch(Sweep { rows, b, c, row, add, strip })
+}
+
+impl<'a, A: Lanes, F: Fn(usize) -> Strip<'a, A>> WithSimd for Sweep<'_, A, F> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        for i in (0..self.rows).step_by(HEIGHT) {
+            let strip = (self.strip)(i);
+            if strip.k == 0 && self.add {
+                continue;
+            }
+            for e in (0..strip.lanes).step_by(FULL) {
+                let b = (&strip.b[e / FULL * self.b.1..], self.b.0);
+                let c = (&mut self.c[i * self.row + e..], self.row);
+                let n = if strip.lanes - e > HALF { FULL } else { HALF };
+                match strip.height {
+                    1 => rows::<S, A, 1>(simd, strip.k, n, strip.a, b, c, self.add),
+                    2 => rows::<S, A, 2>(simd, strip.k, n, strip.a, b, c, self.add),
+                    3 => rows::<S, A, 3>(simd, strip.k, n, strip.a, b, c, self.add),
+                    4 => rows::<S, A, 4>(simd, strip.k, n, strip.a, b, c, self.add),
+                    5 => rows::<S, A, 5>(simd, strip.k, n, strip.a, b, c, self.add),
+                    _ => rows::<S, A, HEIGHT>(simd, strip.k, n, strip.a, b, c, self.add),
+                }
+            }
+        }
+    }
+}
+
+/// M rows and n lanes: two vectors at a time, then one, then what is no whole vector.
 #[inline(always)]
-fn product_of<A: Real, const M: usize, const N: usize>(
+fn rows<S: Simd, A: Lanes, const M: usize>(
+    simd: S,
+    k: usize,
+    n: usize,
+    a: Left<A>,
+    (b, rb): (&[A], usize),
+    (c, rc): (&mut [A], usize),
+    add: bool,
+) {
+    let lanes = size_of::<A::Of<S>>() / size_of::<A>();
+    let mut l = 0;
+    while l + 2 * lanes <= n {
+        tile::<S, A, M, 2>(simd, k, a, (&b[l..], rb), (&mut c[l..], rc), add);
+        l += 2 * lanes;
+    }
+    while l + lanes <= n {
+        tile::<S, A, M, 1>(simd, k, a, (&b[l..], rb), (&mut c[l..], rc), add);
+        l += lanes;
+    }
+    for l in l..n {
+        for i in 0..M {
+            let mut sum = if add { c[i * rc + l] } else { A::ZERO };
+            for p in 0..k {
+                let a = match a {
+                    Left::Rows(a, ra) => a[i * ra + p],
+                    Left::Columns(a, ra) => a[p * ra + i],
+                };
+                sum = a.fma(b[p * rb + l], sum);
+            }
+            c[i * rc + l] = sum;
+        }
+    }
+}
+
+#[inline(always)]
+fn tile<S: Simd, A: Lanes, const M: usize, const V: usize>(
+    simd: S,
     k: usize,
     a: Left<A>,
     b: (&[A], usize),
@@ -78,15 +176,25 @@ fn product_of<A: Real, const M: usize, const N: usize>(
 ) {
     match a {
         Left::Rows(a, ra) => {
-            let rows: [&[A]; M] = std::array::from_fn(|i| &a[i * ra..][..k]);
-            product::<A, M, N>(k, |p| std::array::from_fn(|i| rows[i][p]), b, c, add)
+            let rows: [&[A]; M] = std::array::from_fn(
+                #[inline(always)]
+                |i| &a[i * ra..][..k],
+            );
+            accumulate::<S, A, M, V>(
+                simd,
+                k,
+                #[inline(always)]
+                |p, i| rows[i][p],
+                b,
+                c,
+                add,
+            )
         }
-        Left::Columns(a, ra) => product::<A, M, N>(
+        Left::Columns(a, ra) => accumulate::<S, A, M, V>(
+            simd,
             k,
-            |p| {
-                let column = &a[p * ra..][..M];
-                std::array::from_fn(|i| column[i])
-            },
+            #[inline(always)]
+            |p, i| a[p * ra + i],
             b,
             c,
             add,
@@ -94,16 +202,36 @@ fn product_of<A: Real, const M: usize, const N: usize>(
     }
 }
 
-/// `m <= HEIGHT` rows of a product, `n` (a multiple of `HALF`) lanes.
+/// A register tile of M rows and V vectors: `c (+)= sum over p of a(p, i) b[p]`.
 #[inline(always)]
-fn strip<A: Real, const N: usize>(m: usize, k: usize, a: Left<A>, b: (&[A], usize), c: (&mut [A], usize), add: bool) {
-    match m {
-        1 => product_of::<A, 1, N>(k, a, b, c, add),
-        2 => product_of::<A, 2, N>(k, a, b, c, add),
-        3 => product_of::<A, 3, N>(k, a, b, c, add),
-        4 => product_of::<A, 4, N>(k, a, b, c, add),
-        5 => product_of::<A, 5, N>(k, a, b, c, add),
-        _ => product_of::<A, HEIGHT, N>(k, a, b, c, add),
+fn accumulate<S: Simd, A: Lanes, const M: usize, const V: usize>(
+    simd: S,
+    k: usize,
+    a: impl Fn(usize, usize) -> A,
+    (b, rb): (&[A], usize),
+    (c, rc): (&mut [A], usize),
+    add: bool,
+) {
+    let n = V * size_of::<A::Of<S>>() / size_of::<A>();
+    let mut sum = [[A::splat(simd, A::ZERO); V]; M];
+    if add {
+        for i in 0..M {
+            sum[i].copy_from_slice(bytemuck::cast_slice(&c[i * rc..][..n]));
+        }
+    }
+    for (p, b) in b.chunks(rb).take(k).enumerate() {
+        let b: &[A::Of<S>] = bytemuck::cast_slice(&b[..n]);
+        // a counted loop, so that all M sums stay in registers
+        #[allow(clippy::needless_range_loop)]
+        for i in 0..M {
+            let a = A::splat(simd, a(p, i));
+            for v in 0..V {
+                sum[i][v] = A::mul_add(simd, a, b[v], sum[i][v]);
+            }
+        }
+    }
+    for i in 0..M {
+        bytemuck::cast_slice_mut(&mut c[i * rc..][..n]).copy_from_slice(&sum[i]);
     }
 }
 
@@ -124,72 +252,54 @@ pub fn pack<A: Real>(panels: &mut [A], d: usize, at: usize, rows: &[A], width: u
     }
 }
 
-/// `s = a panels`: a `[m, d]` with rows of `width`, s `[m, KEYS]` from column `seen.start` on; columns that a row does not
+/// `s = a panels`: a `[m, d]` with rows of `width`, s `[m, wide]` from column `seen.start` on; columns that a row does not
 /// see are left unspecified.
-pub fn scores<A: Real>(m: usize, d: usize, a: &[A], width: usize, panels: &[A], seen: Seen, s: &mut [A]) {
-    simd(
+pub fn scores<A: Lanes>(m: usize, d: usize, a: &[A], width: usize, panels: &[A], seen: Seen, s: &mut [A]) {
+    let b = &panels[seen.start * d..];
+    sweep(
+        m,
+        (FULL, FULL * d),
+        (s, seen.wide(m)),
+        false,
         #[inline(always)]
-        || {
-            for r in (0..m).step_by(HEIGHT) {
-                let height = HEIGHT.min(m - r);
-                let n = seen.by(r + height - 1);
-                let a = Left::Rows(&a[r * width..], width);
-                for j in (0..n).step_by(FULL) {
-                    let b = (&panels[(seen.start + j) * d..], FULL);
-                    let c = (&mut s[r * KEYS + j..], KEYS);
-                    if n - j > HALF {
-                        strip::<A, FULL>(height, d, a, b, c, false);
-                    } else {
-                        strip::<A, HALF>(height, d, a, b, c, false);
-                    }
-                }
-            }
+        |r| {
+            let height = HEIGHT.min(m - r);
+            Strip { height, k: d, lanes: seen.by(r + height - 1), a: Left::Rows(&a[r * width..], width), b }
         },
     )
 }
 
-/// `y = p x`, or `y += p x`: p `[m, KEYS]` (0 where masked), x the tile's key rows, y `[m, width]`.
-pub fn mix<A: Real>(m: usize, p: &[A], x: &[A], width: usize, seen: Seen, y: &mut [A], add: bool) {
-    let x = &x[seen.start * width..];
-    simd(
+/// `y = p x`, or `y += p x`: p `[m, wide]` (0 where masked), x the tile's key rows, y `[m, width]`.
+pub fn mix<A: Lanes>(m: usize, p: &[A], x: &[A], width: usize, seen: Seen, y: &mut [A], add: bool) {
+    let (b, wide) = (&x[seen.start * width..], seen.wide(m));
+    sweep(
+        m,
+        (width, FULL),
+        (y, width),
+        add,
         #[inline(always)]
-        || {
-            for r in (0..m).step_by(HEIGHT) {
-                let height = HEIGHT.min(m - r);
-                let n = seen.by(r + height - 1);
-                lanes(height, n, Left::Rows(&p[r * KEYS..], KEYS), x, &mut y[r * width..], width, add);
-            }
+        |r| {
+            let height = HEIGHT.min(m - r);
+            Strip { height, k: seen.by(r + height - 1), lanes: width, a: Left::Rows(&p[r * wide..], wide), b }
         },
     )
 }
 
-/// `y += p^T x`: p `[m, KEYS]` (0 where masked), x `[m, width]`, y the tile's key rows.
-pub fn spread<A: Real>(m: usize, p: &[A], x: &[A], width: usize, seen: Seen, y: &mut [A]) {
-    let n = seen.by(m - 1);
-    let y = &mut y[seen.start * width..];
-    simd(
+/// `y += p^T x`: p `[m, wide]` (0 where masked), x `[m, width]`, y the tile's key rows.
+pub fn spread<A: Lanes>(m: usize, p: &[A], x: &[A], width: usize, seen: Seen, y: &mut [A]) {
+    let (columns, wide) = (seen.by(m - 1), seen.wide(m));
+    sweep(
+        columns,
+        (width, FULL),
+        (&mut y[seen.start * width..], width),
+        true,
         #[inline(always)]
-        || {
-            for j in (0..n).step_by(HEIGHT) {
-                let r = seen.from(j).min(m);
-                let p = Left::Columns(&p[r * KEYS + j..], KEYS);
-                lanes(HEIGHT.min(n - j), m - r, p, &x[r * width..], &mut y[j * width..], width, true);
-            }
+        |j| {
+            let r = seen.from(j);
+            let a = Left::Columns(&p[r * wide + j..], wide);
+            Strip { height: HEIGHT.min(columns - j), k: m - r, lanes: width, a, b: &x[r * width..] }
         },
     )
-}
-
-/// A strip of `m` rows over all lanes of `width`.
-#[inline(always)]
-fn lanes<A: Real>(m: usize, k: usize, a: Left<A>, b: &[A], c: &mut [A], width: usize, add: bool) {
-    for e in (0..width).step_by(FULL) {
-        let (b, c) = ((&b[e.min(b.len())..], width), (&mut c[e..], width));
-        if width - e > HALF {
-            strip::<A, FULL>(m, k, a, b, c, add);
-        } else {
-            strip::<A, HALF>(m, k, a, b, c, add);
-        }
-    }
 }
 
 /// Running maximum and sum of `e^(s - maximum)` of a row.
@@ -202,17 +312,14 @@ pub struct Stat<A> {
 /// One step of the online softmax: scores become `e^(s - maximum so far)`, 0 where masked; what earlier tiles left in
 /// `stats` and in `y` `[m, width]` is brought to the new maximum.
 pub fn softmax<A: Real>(m: usize, seen: Seen, s: &mut [A], stats: &mut [Stat<A>], y: &mut [A], width: usize) {
+    let wide = seen.wide(m);
     simd(
         #[inline(always)]
         || {
-            let wide = seen.by(m - 1).next_multiple_of(HALF);
             for (r, stat) in stats[..m].iter_mut().enumerate() {
-                let row = &mut s[r * KEYS..][..wide];
-                let n = seen.by(r);
-                row[n..].fill(A::NEG_INFINITY);
+                let row = &mut s[r * wide..][..wide];
+                row[seen.by(r)..].fill(A::NEG_INFINITY);
                 let (row, _) = row.as_chunks_mut::<HALF>();
-                let (row, rest) = row.split_at_mut(n.div_ceil(HALF));
-                rest.as_flattened_mut().fill(A::ZERO);
                 let mut max = [stat.max; HALF];
                 for c in row.iter() {
                     for l in 0..HALF {
@@ -220,23 +327,33 @@ pub fn softmax<A: Real>(m: usize, seen: Seen, s: &mut [A], stats: &mut [Stat<A>]
                     }
                 }
                 let max = max.into_iter().fold(stat.max, A::maximum);
-                let mut sum = [A::ZERO; HALF];
                 for c in row.iter_mut() {
-                    for l in 0..HALF {
-                        c[l] = (c[l] - max).exp();
-                        sum[l] += c[l];
+                    for x in c {
+                        *x -= max;
                     }
                 }
-                let sum = sum.into_iter().sum::<A>();
                 if seen.start == 0 {
-                    *stat = Stat { max, sum };
+                    *stat = Stat { max, sum: A::ZERO };
                 } else {
                     let shrink = (stat.max - max).exp();
-                    *stat = Stat { max, sum: stat.sum * shrink + sum };
+                    *stat = Stat { max, sum: stat.sum * shrink };
                     for y in &mut y[r * width..][..width] {
                         *y *= shrink;
                     }
                 }
+            }
+            // one long loop, since most rows are too short for one that vectorises
+            for x in &mut s[..m * wide] {
+                *x = x.exp();
+            }
+            for (stat, row) in stats[..m].iter_mut().zip(s.chunks_exact(wide)) {
+                let mut sum = [A::ZERO; HALF];
+                for c in row.as_chunks::<HALF>().0 {
+                    for l in 0..HALF {
+                        sum[l] += c[l];
+                    }
+                }
+                stat.sum += sum.into_iter().sum::<A>();
             }
         },
     )
@@ -245,22 +362,30 @@ pub fn softmax<A: Real>(m: usize, seen: Seen, s: &mut [A], stats: &mut [Stat<A>]
 /// Probabilities and the scores' gradient: `s` becomes `P = e^(s - lse)`, `t = G V^T` becomes `dS = P (t - delta)`;
 /// both 0 where masked. `rows` holds (lse, delta).
 pub fn softmax_backward<A: Real>(m: usize, seen: Seen, s: &mut [A], t: &mut [A], rows: &[(A, A)]) {
+    let wide = seen.wide(m);
+    let (s, t) = (&mut s[..m * wide], &mut t[..m * wide]);
     simd(
         #[inline(always)]
         || {
-            let wide = seen.by(m - 1).next_multiple_of(HALF);
-            for (r, &(lse, delta)) in rows[..m].iter().enumerate() {
-                let (s, t) = (&mut s[r * KEYS..][..wide], &mut t[r * KEYS..][..wide]);
-                let n = seen.by(r);
-                let whole = n.div_ceil(HALF);
-                for (s, t) in s.as_chunks_mut::<HALF>().0[..whole].iter_mut().zip(t.as_chunks_mut::<HALF>().0) {
+            for (r, (s, &(lse, _))) in s.chunks_exact_mut(wide).zip(rows).enumerate() {
+                s[seen.by(r)..].fill(A::NEG_INFINITY);
+                for c in s.as_chunks_mut::<HALF>().0 {
+                    for x in c {
+                        *x -= lse;
+                    }
+                }
+            }
+            for x in s.iter_mut() {
+                *x = x.exp();
+            }
+            for (r, (t, &(_, delta))) in t.chunks_exact_mut(wide).zip(rows).enumerate() {
+                t[seen.by(r)..].fill(A::ZERO);
+                let s = &s[r * wide..][..wide];
+                for (t, s) in t.as_chunks_mut::<HALF>().0.iter_mut().zip(s.as_chunks::<HALF>().0) {
                     for l in 0..HALF {
-                        s[l] = (s[l] - lse).exp();
                         t[l] = s[l] * (t[l] - delta);
                     }
                 }
-                s[n..].fill(A::ZERO);
-                t[n..].fill(A::ZERO);
             }
         },
     )

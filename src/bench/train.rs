@@ -1,0 +1,177 @@
+//! `felid bench train`: the whole training step (forward, backward, clip, AdamW), and a peer's beside it.
+
+use super::{Flops, Spread, flops, matmul_ceiling, training_flops};
+use crate::autograd::Gradients;
+use crate::data::Batch;
+use crate::model::{ForwardOptions, ModelConfig};
+use crate::ops::AdamWSettings;
+use crate::random;
+use crate::tensor::{Tensor, memory_stats};
+use crate::train::{Optimizer, micro_step};
+use crate::{Error, Result};
+use serde::Serialize;
+use std::time::Instant;
+
+/// What to measure.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainBench {
+    /// Model preset.
+    pub preset: String,
+    /// Rows of a batch.
+    pub batch: usize,
+    /// Tokens of a row.
+    pub tokens: usize,
+    /// Chunk sizes, measured one after the other.
+    pub chunk_sizes: Vec<usize>,
+    /// Measured steps a chunk size, after `warmup` others.
+    pub steps: usize,
+    /// Steps that are not counted.
+    pub warmup: usize,
+}
+
+/// One chunk size.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainRow {
+    /// C; 0 for a dense model.
+    pub chunk_size: usize,
+    /// Time of a step.
+    pub step: Spread,
+    /// Thousand tokens a second, at the median.
+    pub ktokens_per_s: f64,
+    /// Matrix products of a step.
+    pub flops: Flops,
+    /// Needed operations over the median time, as a share of the measured ceiling.
+    pub share_of_ceiling: f64,
+    /// Most bytes that tensors held at once since the process began.
+    pub peak_bytes: usize,
+    /// The peer's time over ours: above 1 is faster than the peer.
+    pub speedup_over_peer: Option<f64>,
+}
+
+/// What a peer printed.
+#[derive(Clone, Debug, Serialize)]
+pub struct PeerRow {
+    /// C.
+    pub chunk_size: usize,
+    /// Time of a step, as the peer reports it.
+    pub ms: f64,
+}
+
+/// All of it, as it goes to `docs/results/`.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainBenchReport {
+    /// Felid's version.
+    pub version: &'static str,
+    /// Where it ran.
+    pub device: String,
+    /// The processor, as the system names it.
+    pub cpu: String,
+    /// CPU threads.
+    pub threads: usize,
+    /// What was measured.
+    pub settings: TrainBench,
+    /// Operations a second of a large matrix product, measured in the same call.
+    pub ceiling_flops_per_s: f64,
+    /// The results.
+    pub rows: Vec<TrainRow>,
+    /// The peer's command, and what it printed.
+    pub peer: Option<(String, Vec<PeerRow>)>,
+}
+
+/// Measure training steps on random ids. With a peer's rows, also the ratios.
+pub fn bench_train(settings: TrainBench, peer: Option<(String, Vec<PeerRow>)>) -> Result<TrainBenchReport> {
+    let config = ModelConfig::preset(&settings.preset)?;
+    if settings.batch == 0 || settings.steps == 0 {
+        return Err(Error::Usage("batch and steps must be at least 1".into()));
+    }
+    let mut model = flops::model(config.clone())?;
+    let mut optimizer = Optimizer::new(&model)?;
+    let h = AdamWSettings { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let ceiling = matmul_ceiling()?;
+    let mut grads = Gradients::default();
+    let (mut step, mut rows) = (0, Vec::new());
+    for &chunk in &settings.chunk_sizes {
+        let chunk_size = config.chunk_size.map(|_| chunk);
+        let mut seconds = Vec::with_capacity(settings.steps);
+        for i in 0..settings.warmup + settings.steps {
+            let batch = random_batch(&settings, config.vocab_size, step)?;
+            let start = Instant::now();
+            step += 1;
+            micro_step(&model, &batch, ForwardOptions { chunk_size, recompute: false }, 1.0, &mut grads)?;
+            optimizer.step(&mut model, &mut grads, step, &h, 1.0)?;
+            if i >= settings.warmup {
+                seconds.push(start.elapsed().as_secs_f64());
+            }
+        }
+        let spread = Spread::of(&seconds);
+        let flops = training_flops(&config, settings.batch, settings.tokens, chunk);
+        let of_peer = |(_, rows): &(String, Vec<PeerRow>)| rows.iter().find(|r| r.chunk_size == chunk).map(|r| r.ms);
+        rows.push(TrainRow {
+            chunk_size: chunk,
+            step: spread,
+            ktokens_per_s: (settings.batch * settings.tokens) as f64 / spread.median_ms,
+            flops,
+            share_of_ceiling: flops.needed / (spread.median_ms / 1e3) / ceiling,
+            peak_bytes: memory_stats().peak,
+            speedup_over_peer: peer.as_ref().and_then(of_peer).map(|ms| ms / spread.median_ms),
+        });
+    }
+    Ok(TrainBenchReport {
+        version: env!("CARGO_PKG_VERSION"),
+        device: "cpu".into(),
+        cpu: cpu_name(),
+        threads: rayon::current_num_threads(),
+        settings,
+        ceiling_flops_per_s: ceiling,
+        rows,
+        peer,
+    })
+}
+
+fn random_batch(s: &TrainBench, vocab: usize, step: u64) -> Result<Batch> {
+    let shape = [s.batch, s.tokens];
+    let draw = |key: u64| {
+        let first = step * (s.batch * s.tokens) as u64;
+        let ids: Vec<i64> =
+            (0..(s.batch * s.tokens) as u64).map(|i| random::below_at(key, first + i, vocab as u64) as i64).collect();
+        Tensor::ids(&ids, &shape)
+    };
+    Ok(Batch { input_ids: draw(1)?, labels: draw(2)? })
+}
+
+/// Run a peer's command in a shell and read the lines it prints of the form `C=16  304.0 ms/step`.
+pub fn run_peer(command: &str) -> Result<Vec<PeerRow>> {
+    let failed = |why: String| Error::Usage(format!("peer '{command}': {why}"));
+    let out = std::process::Command::new("sh").arg("-c").arg(command).output().map_err(|e| failed(e.to_string()))?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    let rows: Vec<PeerRow> = text.lines().filter_map(peer_row).collect();
+    if !out.status.success() || rows.is_empty() {
+        let last = String::from_utf8_lossy(&out.stderr).lines().last().unwrap_or("").to_string();
+        return Err(failed(format!("{}, no line 'C=.. .. ms/step' read; {last}", out.status)));
+    }
+    Ok(rows)
+}
+
+fn peer_row(line: &str) -> Option<PeerRow> {
+    let (chunk, rest) = line.trim().strip_prefix("C=")?.trim_start().split_once(char::is_whitespace)?;
+    let ms = rest.split_once("ms/step")?.0.trim();
+    Some(PeerRow { chunk_size: chunk.parse().ok()?, ms: ms.parse().ok()? })
+}
+
+fn cpu_name() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_string(), |(_, n)| n.trim().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_what_peers_print() {
+        let r = peer_row("C= 8     343.0 ms/step     5.97 Ktok/s").unwrap();
+        assert_eq!((r.chunk_size, r.ms), (8, 343.0));
+        assert!(peer_row("parameters 4396416 torch 2.11").is_none());
+    }
+}

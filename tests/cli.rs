@@ -1,0 +1,212 @@
+//! The command as users and scripts see it: output, errors, exit codes.
+
+use felid::model::formats::{read_safetensors, write_safetensors};
+use felid::tensor::Tensor;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+fn felid(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_felid")).args(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Exit code and the one line of the error.
+fn fails(args: &[&str], code: i32, parts: &[&str]) {
+    let out = felid(args);
+    let err = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {err}");
+    assert!(parts.iter().all(|p| err.contains(p)), "{args:?}: {err}");
+    assert!(!err.contains("panicked"), "{args:?}: {err}");
+    if code == 1 {
+        assert_eq!(err.lines().filter(|l| l.starts_with("felid: ")).count(), 1, "{args:?}: {err}");
+    }
+}
+
+/// A tiny run in `dir/run`, in 4 steps.
+fn train(dir: &Path, more: &[&str]) -> Output {
+    let toml = dir.join("tiny.toml");
+    let corpus = dir.join("text.txt");
+    std::fs::write(&corpus, "Whoever has a cat has company; whoever has two has a quarrel. ".repeat(60)).unwrap();
+    let settings = format!(
+        "data = {corpus:?}\nout = {:?}\nsteps = 4\nbatch_size = 2\nseq_len = 32\neval_windows = 2\nfinal_eval_windows = 2\n\
+         [model]\nmodel_type = \"cat_adaptive\"\nvocab_size = 256\nblock_size = 64\nchunk_size = 8\n\
+         [model.decoder]\ndim = 32\nn_layer = 1\nn_head = 2\n[model.compressor]\ndim = 16\nn_layer = 1\nn_head = 1\n",
+        dir.join("run")
+    );
+    std::fs::write(&toml, settings).unwrap();
+    let mut args = vec!["train", toml.to_str().unwrap()];
+    args.extend(more);
+    felid(&args)
+}
+
+#[test]
+fn train_generate_logits_convert() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let out = train(dir.path(), &[]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert!(text(&out.stderr).contains("held out: C 4 "), "{}", text(&out.stderr));
+    assert!(text(&out.stdout).contains("sample, chunk size 8"));
+    let log = std::fs::read_to_string(path("run/log.jsonl")).unwrap();
+    assert_eq!(log.lines().filter(|l| l.contains("\"kind\":\"step\"")).count(), 4);
+    fails(&["train", &path("tiny.toml")], 2, &["--resume", "--overwrite"]);
+
+    let run = path("run");
+    let base = ["generate", "--model", &run, "--prompt", "cats are ", "--max-new-tokens", "12", "--seed", "7"];
+    let with = |more: &[&str]| felid(&[&base[..], more].concat());
+    let (a, b) = (with(&["--chunk-size", "4"]), with(&["--chunk-size", "4"]));
+    assert!(a.status.success(), "{}", text(&a.stderr));
+    assert_eq!(a.stdout, b.stdout);
+    assert!(text(&a.stderr).contains("tokens/s"));
+    let json: serde_json::Value = serde_json::from_slice(&with(&["--json", "--temperature", "0"]).stdout).unwrap();
+    assert_eq!((json["tokens"].as_array().unwrap().len(), json["prompt_tokens"].as_u64()), (12, Some(9)));
+    fails(&["generate", "--model", &run, "--prompt", "x", "--chunk-size", "3"], 1, &["chunk size 3", "1, 2, 4, 8"]);
+    fails(&["generate", "--model", &run, "--prompt", ""], 1, &["prompt is empty"]);
+    fails(&["generate", "--model", &run, "--prompt", "x", "--max-new-tokens", "65"], 1, &["block_size of 64"]);
+    fails(&["generate", "--model", &run, "--prompt", "x", "--temperature", "nan"], 2, &["temperature"]);
+    fails(&["generate", "--model", &run], 2, &["--prompt"]);
+
+    let ids = Tensor::ids(&(0..20).map(|i| i * 11 % 256).collect::<Vec<_>>(), &[2, 10]).unwrap();
+    let (input, output) = (path("in.safetensors"), path("out.safetensors"));
+    write_safetensors(Path::new(&input), &[("input_ids", &ids), ("labels", &ids)], &BTreeMap::new()).unwrap();
+    let args =
+        ["logits", "--model", &run, "--input", &input, "--out", &output, "--grads", "--generate", "3", "--chunk-size", "2"];
+    let out = felid(&args);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let file = read_safetensors(Path::new(&output)).unwrap().tensors;
+    assert_eq!(file["logits"].shape(), [2, 10, 256]);
+    assert_eq!(file["generated"].shape(), [2, 3]);
+    assert!(file.contains_key("loss") && file.contains_key("grad.f.proj_fx.weight"));
+
+    let bad = Tensor::ids(&[0, 300], &[1, 2]).unwrap();
+    let refused = path("refused.safetensors");
+    write_safetensors(Path::new(&input), &[("input_ids", &bad)], &BTreeMap::new()).unwrap();
+    fails(&["logits", "--model", &run, "--input", &input, "--out", &refused], 1, &["300"]);
+    assert!(!Path::new(&refused).exists());
+
+    let native = path("native");
+    assert!(felid(&["convert", &run, &native, "--to", "native"]).status.success());
+    fails(&["convert", &run, &native, "--to", "native"], 2, &["--overwrite"]);
+    assert!(felid(&["convert", &native, &path("hf"), "--to", "hf"]).status.success());
+}
+
+#[test]
+fn ctrl_c_saves_and_resume_goes_on_to_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = tempfile::tempdir().unwrap();
+    let steps = ["--steps", "400", "--eval-every", "0", "--save-every", "0"];
+    let straight = train(other.path(), &steps);
+    assert!(straight.status.success(), "{}", text(&straight.stderr));
+    train(dir.path(), &["--steps", "1"]); // writes the settings
+    let toml = dir.path().join("tiny.toml");
+    let child = Command::new(env!("CARGO_BIN_EXE_felid"))
+        .args([&["train", toml.to_str().unwrap(), "--overwrite"], &steps[..]].concat())
+        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let log = dir.path().join("run/log.jsonl");
+    let (start, steps_logged) = (Instant::now(), || std::fs::read_to_string(&log).unwrap_or_default().lines().count());
+    std::thread::sleep(Duration::from_millis(100));
+    while steps_logged() < 5 && start.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(out.status.code(), Some(130), "{}", text(&out.stderr));
+    assert!(text(&out.stderr).contains("--resume"));
+    let resumed = felid(&[&["train", toml.to_str().unwrap(), "--resume"], &steps[..]].concat());
+    assert!(resumed.status.success(), "{}", text(&resumed.stderr));
+    let read = |d: &Path| std::fs::read(d.join("run/model.safetensors")).unwrap();
+    assert!(read(dir.path()) == read(other.path()));
+    let steps: Vec<u64> = std::fs::read_to_string(&log)
+        .unwrap()
+        .lines()
+        .filter_map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["report"]["step"].as_u64())
+        .collect();
+    assert_eq!(steps, (1..=400).collect::<Vec<_>>());
+}
+
+#[test]
+fn parity_tells_by_its_exit_code() {
+    let golden = |n: &str| format!("{}/tests/fixtures/golden/{n}", env!("CARGO_MANIFEST_DIR"));
+    let out = felid(&["parity", &golden("cat_fixed.safetensors"), &golden("hf_cat")]);
+    assert!(out.status.success() && text(&out.stdout).contains("agree"), "{}", text(&out.stdout));
+    let json = felid(&["parity", "--json", &golden("transformer.safetensors")]);
+    let v: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(v[0]["cases"][0]["pass"], true);
+    // a golden file whose expected logits are off by a little
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = read_safetensors(Path::new(&golden("transformer.safetensors"))).unwrap();
+    for x in file.tensors.get_mut("case.0.logits").unwrap().as_mut_slice::<f32>().unwrap() {
+        *x *= 1.0001;
+    }
+    let off = dir.path().join("off.safetensors");
+    let all: Vec<(&str, &Tensor)> = file.tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    write_safetensors(&off, &all, &file.metadata).unwrap();
+    fails(&["parity", off.to_str().unwrap()], 1, &["1 golden cases are out of bounds"]);
+}
+
+#[test]
+fn tokenize_writes_shards_and_a_tokenizer() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    std::fs::write(path("a.txt"), "the cat sat on the mat, and the dog sat on the cat; whoever watches them laughs, and writes it down. ".repeat(50)).unwrap();
+    let out = felid(&["tokenize", &path("a.txt"), "--out", &path("tokens"), "--train-bpe", "280", "--json"]);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let v: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(v["vocab_size"], 280);
+    assert!(Path::new(&path("tokens/tokenizer.json")).exists());
+    fails(&["tokenize", &path("a.txt"), "--out", &path("tokens")], 2, &["tokens"]);
+    std::fs::write(path("empty.txt"), "").unwrap();
+    fails(&["tokenize", &path("empty.txt"), "--out", &path("none")], 1, &["empty"]);
+}
+
+#[test]
+fn bad_folders_and_flags() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    fails(&["generate", "--model", &path("nowhere"), "--prompt", "x"], 1, &["config.json"]);
+    std::fs::create_dir(path("m")).unwrap();
+    std::fs::write(path("m/config.json"), "{").unwrap();
+    fails(&["generate", "--model", &path("m"), "--prompt", "x"], 1, &["config.json"]);
+    let config = |layers: &str| {
+        format!(
+            "{{\"model_type\": \"transformer\", \"vocab_size\": 256, \"block_size\": 32, \
+             \"decoder\": {{\"dim\": 32, \"n_layer\": {layers}, \"n_head\": 2}}}}"
+        )
+    };
+    for layers in ["0", "1000000000000", "2"] {
+        std::fs::write(path("m/config.json"), config(layers)).unwrap();
+        fails(&["generate", "--model", &path("m"), "--prompt", "x"], 1, &["felid: "]);
+    }
+    std::fs::write(path("empty.txt"), "").unwrap();
+    fails(&["train", "--data", &path("empty.txt"), "--out", &path("r")], 1, &["empty"]);
+    std::fs::write(path("short.txt"), "too short").unwrap();
+    fails(&["train", "--data", &path("short.txt"), "--out", &path("r"), "--steps", "1"], 1, &["felid: "]);
+    fails(&["train", "--threads", "0"], 2, &["threads"]);
+    fails(&["train", "--device", "cuda"], 1, &["--device cpu"]);
+    fails(&["train", "--no-such-flag"], 2, &[]);
+    fails(&["train", "--set", "nothing_known=1", "--out", &path("r")], 1, &["nothing_known"]);
+}
+
+#[test]
+fn help_doctor_and_start_up() {
+    for command in ["train", "generate", "logits", "parity", "convert", "tokenize", "bench", "doctor"] {
+        assert!(felid(&[command, "--help"]).status.success(), "{command}");
+    }
+    let report: serde_json::Value = serde_json::from_slice(&felid(&["doctor", "--json"]).stdout).unwrap();
+    assert!(report["threads"].as_u64().unwrap() >= 1 && report["cuda"]["libraries"].is_array());
+    let time = || {
+        let start = Instant::now();
+        assert!(felid(&["--version"]).status.success());
+        start.elapsed()
+    };
+    let best = (0..10).map(|_| time()).min().unwrap();
+    assert!(best < Duration::from_millis(50), "start-up took {best:?}");
+}

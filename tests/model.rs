@@ -1,0 +1,306 @@
+//! Whole models of every kind: against a naive reference, and against themselves in everything that must not matter.
+
+mod common;
+
+use common::{KINDS, Kind, cast, chunk_size, config, ids, model, model_of, naive::Naive, relative};
+use felid::autograd::{GradCheck, Gradients, Var, check_gradients, no_grad};
+use felid::eval::parity::evaluate;
+use felid::generate::{GenerateOptions, Generator, generate};
+use felid::model::{Cat, ForwardOptions, IGNORE_INDEX, ModelType};
+use felid::ops::{self, argmax};
+use felid::random::below_at;
+use felid::tensor::{DType, Tensor};
+use proptest::prelude::*;
+
+fn options(chunk_size: Option<usize>) -> ForwardOptions {
+    ForwardOptions { chunk_size, ..Default::default() }
+}
+fn logits(m: &Cat, ids: &Tensor, chunk: Option<usize>) -> Tensor {
+    no_grad(|| m.logits(ids, options(chunk))).unwrap().into_value()
+}
+fn wide(t: &Tensor) -> Vec<f64> {
+    t.to_f64_vec().unwrap()
+}
+/// Rows `from..from + n` of every sequence of `[B, N, V]`.
+fn rows(t: &Tensor, from: usize, n: usize) -> Vec<f64> {
+    wide(&t.narrow(1, from, n).unwrap())
+}
+fn with_id(ids: &Tensor, at: usize, id: i64) -> Tensor {
+    let mut v = ids.to_vec::<i64>().unwrap();
+    v[at] = id;
+    Tensor::ids(&v, ids.shape()).unwrap()
+}
+/// Next tokens as labels, a few of them ignored.
+fn labels(c: &felid::model::ModelConfig, b: usize, n: usize, seed: u64) -> Tensor {
+    let mut l = ids(c, b, n, seed + 1).to_vec::<i64>().unwrap();
+    (0..l.len()).step_by(5).skip(1).for_each(|i| l[i] = IGNORE_INDEX);
+    Tensor::ids(&l, &[b, n]).unwrap()
+}
+
+/// A kind, a seed, and numbers to draw sizes from.
+fn any_model() -> impl Strategy<Value = (Kind, u64, u64)> {
+    (prop::sample::select(&KINDS[..]), 0u64..100_000, any::<u32>().prop_map(u64::from))
+}
+/// 1..=n, drawn.
+fn upto(n: usize, draw: u64, which: u64) -> usize {
+    1 + below_at(draw, which, n as u64) as usize
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 120, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// The model is the spec's (sections 1 to 4), whatever the sizes and options; its own shortcuts change nothing.
+    #[test]
+    fn agrees_with_the_naive_reference((kind, seed, draw) in any_model()) {
+        let m = model(kind, seed);
+        let (c, exact) = (m.config(), cast(&m, DType::F64));
+        let (n, chunk) = (upto(c.block_size, draw, 0), chunk_size(c, draw));
+        let ids = ids(c, 1, n, draw);
+        let want = Naive::new(&m).logits(&ids.to_vec::<i64>().unwrap(), chunk).concat();
+        let off = relative(&wide(&logits(&exact, &ids, chunk)), &want);
+        prop_assert!(off < 1e-12, "f64 {off:e}, {n} tokens, chunk {chunk:?}, {c:?}");
+        let off = relative(&wide(&logits(&m, &ids, chunk)), &want);
+        prop_assert!(off < 1e-5, "f32 {off:e}, {n} tokens, chunk {chunk:?}, {c:?}");
+    }
+
+    /// Spec section 5: prefill and steps give the logits of the whole model run again on the growing sequence.
+    #[test]
+    fn cached_generation_equals_running_everything_again((kind, seed, draw) in any_model()) {
+        let m = model(kind, seed);
+        let (c, chunk) = (m.config(), chunk_size(m.config(), draw));
+        let (b, p) = (upto(3, draw, 1), upto(c.block_size, draw, 2));
+        for (m, bound) in [(m.clone(), 1e-5), (cast(&m, DType::F64), 1e-12)] {
+            let mut text = ids(c, b, p, draw);
+            let (mut next, mut cache) = m.prefill(&text, chunk, c.block_size - p).unwrap();
+            let mut chosen = Vec::new();
+            for n in p..=c.block_size {
+                let all = logits(&m, &text, chunk);
+                let off = relative(&wide(&next), &rows(&all, n - 1, 1));
+                prop_assert!(off < bound, "{off:e} at {n} of prompt {p}, batch {b}, chunk {chunk:?}, {c:?}");
+                prop_assert_eq!(cache.tokens(), n);
+                let best = argmax(&next).unwrap();
+                prop_assert_eq!(best.to_vec::<i64>().unwrap(), argmax(&all.narrow(1, n - 1, 1).unwrap()).unwrap().to_vec::<i64>().unwrap());
+                let column = best.reshape(&[b, 1]).unwrap();
+                chosen.push(best.to_vec::<i64>().unwrap());
+                text = ops::concat(&[&text.into(), &column.clone().into()], 1).unwrap().into_value();
+                if n < c.block_size {
+                    next = m.step(&best, &mut cache).unwrap();
+                }
+            }
+            // and the generator does the same, a last token included that nobody reads
+            let asked = GenerateOptions { max_new_tokens: chosen.len(), chunk_size: chunk, ..Default::default() };
+            let got = generate(&m, &text.narrow(1, 0, p).unwrap(), asked).unwrap();
+            let want: Vec<i64> = (0..b).flat_map(|r| chosen.iter().map(move |t| t[r])).collect();
+            prop_assert_eq!(got.to_vec::<i64>().unwrap(), want);
+        }
+    }
+
+    /// What comes later, or in other rows, or as padding, changes nothing.
+    #[test]
+    fn logits_depend_on_what_is_before_them_only((kind, seed, draw) in any_model()) {
+        let m = cast(&model(kind, seed), DType::F64);
+        let (c, chunk) = (m.config(), chunk_size(m.config(), draw));
+        let (b, n) = (upto(3, draw, 3), upto(c.block_size, draw, 4));
+        let text = ids(c, b, n, draw);
+        let all = logits(&m, &text, chunk);
+
+        // another token at t of the last row
+        let t = upto(n, draw, 5) - 1;
+        let id = (text.to_vec::<i64>().unwrap()[(b - 1) * n + t] + 1) % c.vocab_size as i64;
+        let changed = logits(&m, &with_id(&text, (b - 1) * n + t, id), chunk);
+        prop_assert!(t == 0 || relative(&rows(&changed, 0, t), &rows(&all, 0, t)) < 1e-13, "{c:?}");
+        let part = |x: &Tensor| wide(&x.narrow(0, b - 1, 1).unwrap().narrow(1, t, 1).unwrap());
+        prop_assert!(relative(&part(&changed), &part(&all)) > 1e-9, "token {t} has no effect: {c:?}");
+        // every later position of its row may see it, other rows may not
+        if b > 1 {
+            let others = |x: &Tensor| wide(&x.narrow(0, 0, b - 1).unwrap());
+            prop_assert!(relative(&others(&changed), &others(&all)) < 1e-13);
+        }
+        for r in 0..b {
+            let alone = logits(&m, &text.narrow(0, r, 1).unwrap(), chunk);
+            prop_assert!(relative(&wide(&alone), &wide(&all.narrow(0, r, 1).unwrap())) < 1e-13);
+        }
+        // a prefix needs no padding to whole chunks
+        let k = upto(n, draw, 6);
+        let prefix = logits(&m, &text.narrow(1, 0, k).unwrap(), chunk);
+        prop_assert!(relative(&wide(&prefix), &rows(&all, 0, k)) < 1e-13);
+    }
+
+    /// Saving memory by computing blocks again changes no bit; the loss is that of the logits.
+    #[test]
+    fn recomputing_gives_the_same_bits((kind, seed, draw) in any_model()) {
+        let m = model(kind, seed);
+        let (c, chunk) = (m.config(), chunk_size(m.config(), draw));
+        let (b, n) = (upto(2, draw, 7), upto(c.block_size, draw, 8));
+        let (text, labels) = (ids(c, b, n, draw), labels(c, b, n, draw));
+        let run = |recompute: bool| {
+            let (tape, mut grads) = (ops::tape(), Gradients::default());
+            let how = ForwardOptions { recompute, ..options(chunk) };
+            let loss = tape.record(|| m.loss(&text, &labels, how)).unwrap();
+            tape.backward(&loss, 0.25, &mut grads).unwrap();
+            let grads: Vec<_> = m.params().iter().map(|p| grads.take(&p.var).map(|g| g.to_le_bytes().unwrap())).collect();
+            (loss.value().to_le_bytes().unwrap(), grads)
+        };
+        prop_assert_eq!(run(false), run(true));
+        let direct = no_grad(|| m.loss(&text, &labels, options(chunk))).unwrap().value().item().unwrap();
+        let whole = ops::cross_entropy(&logits(&m, &text, chunk).into(), &labels, IGNORE_INDEX).unwrap().value().item().unwrap();
+        prop_assert!((direct - whole).abs() < 1e-5 * whole.abs().max(1.0));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 21, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Gradients of whole models are finite differences of their loss and logits, for every parameter.
+    #[test]
+    fn gradients_are_finite_differences(i in 0usize..KINDS.len(), seed in 0u64..100_000, draw in any::<u32>()) {
+        let m = cast(&model(KINDS[i], seed), DType::F64);
+        let (c, draw) = (m.config(), u64::from(draw));
+        let chunk = c.allowed_chunk_sizes().into_iter().filter(|&s| s > 1).min_by_key(|&s| (s + draw as usize) % 3);
+        prop_assume!(chunk.is_some() || c.model_type == ModelType::Transformer);
+        let n = c.block_size.min(chunk.unwrap_or(1) + 5);
+        let (text, labels) = (ids(c, 2, n, draw), labels(c, 2, n, draw));
+        let values: Vec<Tensor> = m.params().into_iter().map(|p| p.var.into_value()).collect();
+        // random models of few units bend within 1e-4: a step far below that
+        let check = GradCheck { probes: 2, step: 2e-6, ..GradCheck::default() };
+        let run = |vars: &[Var]| {
+            let mut at = m.clone();
+            at.params_mut().into_iter().zip(vars).for_each(|(p, v)| p.var = v.clone());
+            Ok(vec![at.loss(&text, &labels, options(chunk))?, at.logits(&text, options(chunk))?])
+        };
+        let checked = check_gradients("model", ops::add_assign, &values, check, run);
+        prop_assert!(checked.is_ok(), "{}: {n} tokens, chunk {chunk:?}, {c:?}", checked.unwrap_err());
+    }
+}
+
+/// Parameters that no gradient reaches.
+fn missing(m: &Cat, n: usize, chunk: Option<usize>) -> Vec<String> {
+    let (text, labels) = (ids(m.config(), 1, n, 3), ids(m.config(), 1, n, 4));
+    let (tape, mut grads) = (ops::tape(), Gradients::default());
+    let loss = tape.record(|| m.loss(&text, &labels, options(chunk))).unwrap();
+    tape.backward(&loss, 1.0, &mut grads).unwrap();
+    let params = m.params();
+    let vars: Vec<&Var> = params.iter().map(|p| &p.var).collect();
+    let none: Vec<_> = grads.missing(vars).into_iter().map(Var::id).collect();
+    params.iter().filter(|p| none.contains(&p.id())).map(|p| p.name.clone()).collect()
+}
+
+#[test]
+fn gradients_reach_every_parameter_once_a_chunk_is_full() {
+    for kind in KINDS {
+        for seed in 0..8 {
+            let m = model(kind, seed);
+            let c = m.config();
+            for chunk in c.allowed_chunk_sizes() {
+                // with C 1 a chunk's only token is always replaced by its representation
+                let unused = |n: &String| chunk == 1 && (n == "wte.weight" || n.ends_with("attention.expand.weight"));
+                let full: Vec<_> = missing(&m, chunk, Some(chunk)).into_iter().filter(|n| !unused(n)).collect();
+                assert_eq!(full, [""; 0], "{kind:?} {seed} chunk {chunk}");
+                if chunk > 1 {
+                    let of_compressor = |n: &str| n.starts_with("f.") || n.contains("attention.compressor.");
+                    let want: Vec<String> = m.params().into_iter().map(|p| p.name).filter(|n| of_compressor(n)).collect();
+                    assert_eq!(missing(&m, chunk - 1, Some(chunk)), want, "{kind:?} {seed} chunk {chunk}");
+                }
+            }
+            if kind == Kind::Dense {
+                assert_eq!(missing(&m, 1, None), [""; 0]);
+            }
+        }
+    }
+}
+
+/// `evaluate` (the `logits` command) answers with zeros where no gradient flows, so that files are complete.
+#[test]
+fn evaluation_names_every_parameter() {
+    let m = model(Kind::Adaptive, 5);
+    let (text, labels) = (ids(m.config(), 2, 1, 0), ids(m.config(), 2, 1, 1));
+    let chunk = m.config().chunk_size;
+    let outcome = evaluate(&m, &text, Some(&labels), chunk).unwrap();
+    let names: Vec<_> = outcome.gradients.iter().map(|(n, _)| n.clone()).collect();
+    assert_eq!(names, m.params().into_iter().map(|p| p.name).collect::<Vec<_>>());
+    let of = |name: &str| wide(&outcome.gradients.iter().find(|(n, _)| n == name).unwrap().1);
+    assert!(of("f.wte.weight").iter().all(|&x| x == 0.0));
+    assert!(of("dummy_fx.weight").iter().any(|&x| x != 0.0));
+}
+
+#[test]
+fn sixteen_bit_models_run_and_train() {
+    for kind in KINDS {
+        for dtype in [DType::BF16, DType::F16] {
+            let exact = model(kind, 11);
+            let (m, c) = (cast(&exact, dtype), exact.config());
+            let (text, chunk) = (ids(c, 2, c.block_size, 1), chunk_size(c, 2));
+            // unit roundoff u: some 4 roundings a block in random directions, as in the bounds of golden files
+            let u = if dtype == DType::BF16 { 2f64.powi(-9) } else { 2f64.powi(-11) };
+            let off = relative(&wide(&logits(&m, &text, chunk)), &wide(&logits(&exact, &text, chunk)));
+            assert!(off < 16.0 * u, "{kind:?} {dtype} {off}");
+            let outcome = evaluate(&m, &text, Some(&text), chunk).unwrap();
+            assert!(outcome.loss.unwrap().is_finite());
+            let sampled = GenerateOptions { max_new_tokens: 4, chunk_size: chunk, ..Default::default() };
+            let prompt = text.narrow(1, 0, c.block_size - 3).unwrap();
+            assert_eq!(generate(&m, &prompt, sampled).unwrap().shape(), [2, 4]);
+        }
+    }
+}
+
+#[test]
+fn the_cache_is_as_small_as_the_spec_says() {
+    // at most K + C + 2 rows a layer: here 1024 tokens in chunks of 16
+    let mut c = config(Kind::Adaptive, 3);
+    (c.block_size, c.chunk_size) = (1024, Some(16));
+    let m = model_of(c.clone(), 0);
+    let (_, cache) = m.prefill(&ids(&c, 2, 100, 0), Some(16), 924).unwrap();
+    let width = c.decoder.kv_heads() * c.decoder.head_dim() * 2 * 4;
+    assert!(cache.bytes() <= 2 * c.decoder.n_layer * (64 + 16 + 2) * width, "{}", cache.bytes());
+}
+
+/// Errors, not panics; and what was asked wrongly leaves the cache as it was.
+#[test]
+fn wrong_calls_are_errors() {
+    for kind in KINDS {
+        let m = model(kind, 21);
+        let (c, n) = (m.config().clone(), m.config().block_size);
+        let text = ids(&c, 2, n, 0);
+        let says = |r: felid::Result<Var>, what: &str| {
+            let e = r.unwrap_err().to_string();
+            assert!(e.contains(what) && !e.contains('\n'), "{kind:?}: {e}");
+        };
+        let long = ids(&c, 1, n + 1, 0);
+        says(m.logits(&long, options(None)), "block_size");
+        says(m.logits(&text.reshape(&[2 * n]).unwrap(), options(None)), "[batch, tokens]");
+        says(m.logits(&text.narrow(1, 0, 0).unwrap(), options(None)), "empty");
+        says(m.logits(&text.narrow(0, 0, 0).unwrap(), options(None)), "empty");
+        says(m.logits(&with_id(&text, 1, -1), options(None)), "-1");
+        says(m.logits(&with_id(&text, n, c.vocab_rows() as i64), options(None)), &c.vocab_rows().to_string());
+        says(m.logits(&Tensor::from_vec(vec![0f32; 2], &[1, 2]).unwrap(), options(None)), "f32");
+        says(m.loss(&text, &text.narrow(1, 0, 1).unwrap(), options(None)), "labels");
+        says(m.loss(&text, &with_id(&text, 0, c.vocab_rows() as i64), options(None)), "label");
+        says(m.loss(&text, &with_id(&text, 0, -1), options(None)), "-1");
+        for size in [0, 3 * n, usize::MAX] {
+            says(m.logits(&text, options(Some(size))), &size.to_string());
+        }
+
+        let (_, mut cache) = m.prefill(&text.narrow(1, 0, n - 2).unwrap(), None, 1).unwrap();
+        let next = Tensor::ids(&[1, 2], &[2]).unwrap();
+        let mut untouched = cache.clone();
+        assert!(m.step(&Tensor::ids(&[1, c.vocab_rows() as i64], &[2]).unwrap(), &mut cache).is_err());
+        assert!(m.step(&Tensor::ids(&[1], &[1]).unwrap(), &mut cache).is_err(), "{kind:?}: another batch size");
+        assert!(m.step(&Tensor::ids(&[1, 2, 3], &[3]).unwrap(), &mut cache).is_err());
+        assert!(m.step(&Tensor::from_vec(vec![0f32; 2], &[2]).unwrap(), &mut cache).is_err());
+        assert_eq!(wide(&m.step(&next, &mut cache).unwrap()), wide(&m.step(&next, &mut untouched).unwrap()), "{kind:?}");
+        // room was made for one more token
+        assert!(m.step(&next, &mut cache).is_err(), "{kind:?}");
+        assert!(m.prefill(&text, None, usize::MAX).is_ok());
+
+        for max_new_tokens in [3, 1 << 40, usize::MAX] {
+            let asked = GenerateOptions { max_new_tokens, ..Default::default() };
+            let prompt = text.narrow(1, 0, n - 1).unwrap();
+            assert!(matches!(generate(&m, &prompt, asked.clone()), Err(felid::Error::Length { .. })));
+            assert!(matches!(Generator::new(&m, &prompt, asked), Err(felid::Error::Length { .. })));
+        }
+        let none = GenerateOptions { vocab_limit: Some(0), max_new_tokens: 1, ..Default::default() };
+        assert!(generate(&m, &text, none).is_err());
+        let nothing = GenerateOptions::default();
+        assert_eq!(generate(&m, &text, nothing).unwrap().shape(), [2, 0]);
+    }
+}
