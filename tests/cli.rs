@@ -156,7 +156,11 @@ fn parity_tells_by_its_exit_code() {
 fn tokenize_writes_shards_and_a_tokenizer() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
-    std::fs::write(path("a.txt"), "the cat sat on the mat, and the dog sat on the cat; whoever watches them laughs, and writes it down. ".repeat(50)).unwrap();
+    std::fs::write(
+        path("a.txt"),
+        "the cat sat on the mat, and the dog sat on the cat; whoever watches them laughs, and writes it down. ".repeat(50),
+    )
+    .unwrap();
     let out = felid(&["tokenize", &path("a.txt"), "--out", &path("tokens"), "--train-bpe", "280", "--json"]);
     assert!(out.status.success(), "{}", text(&out.stderr));
     let v: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();

@@ -64,7 +64,7 @@ fn threads_do_not_matter() {
 #[test]
 fn it_learns_and_memory_stays_flat() {
     let dir = tempfile::tempdir().unwrap();
-    let mut t = Trainer::new(config(dir.path(), "lr = 5e-3\nsteps = 60")).unwrap();
+    let mut t = Trainer::new(config(dir.path(), "lr = 5e-3")).unwrap();
     let first = t.step().unwrap().loss;
     t = run(t, 14);
     let before = t.evaluate(8).unwrap().len();
