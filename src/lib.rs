@@ -59,7 +59,7 @@
 //!
 //! # Rooms
 //!
-//! Each module knows only those after it: [`train`], [`generate`], [`eval`], [`bench`], then [`model`] (with [`data`]
+//! Each module knows only those after it: [`train`], [`generate`], [`eval`], [`mod@bench`], then [`model`] (with [`data`]
 //! beside it), [`ops`], [`autograd`], [`tensor`], and [`Error`].
 //!
 //! Nothing panics on bad input: fallible functions return [`Result`] with an [`Error`] that names the op, the shapes or
