@@ -40,7 +40,9 @@ pub enum Init {
 enum Source {
     /// Nothing: parameters are placeholders, their elements are counted.
     Count(u128),
-    Random { seed: u64 },
+    Random {
+        seed: u64,
+    },
     Tensors(BTreeMap<String, Tensor>),
 }
 

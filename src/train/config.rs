@@ -190,7 +190,9 @@ impl TrainConfig {
         let batch = self.batch_size.checked_mul(self.seq_len).filter(|&n| n <= MAX_BATCH);
         if batch.is_none() || self.steps.checked_mul(self.grad_accum as u64).is_none_or(|n| n > MAX_MICRO_STEPS) {
             let (b, n, a, s) = (self.batch_size, self.seq_len, self.grad_accum, self.steps);
-            return fail(format!("batch_size {b} x seq_len {n} or grad_accum {a} x steps {s} is too large: choose smaller ones"));
+            return fail(format!(
+                "batch_size {b} x seq_len {n} or grad_accum {a} x steps {s} is too large: choose smaller ones"
+            ));
         }
         if self.eval_windows == 0 || self.final_eval_windows == 0 {
             return fail("eval_windows and final_eval_windows must be at least 1".into());
