@@ -1,11 +1,11 @@
 //! `felid convert`.
 
-use super::parse_dtype;
+use super::{parse_dtype, print};
 use clap::{Args, ValueEnum};
 use felid::model::{FolderFormat, load, save};
 use felid::tensor::DType;
 use felid::{Error, Result};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum To {
@@ -34,6 +34,11 @@ pub struct Convert {
 const COMPANIONS: [&str; 4] =
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"];
 
+fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_path_buf();
+    move |source| Error::Io { action, path, source }
+}
+
 impl Convert {
     pub fn run(self) -> Result<()> {
         if self.out.join("config.json").exists() && !self.overwrite {
@@ -50,11 +55,17 @@ impl Convert {
         save(&self.out, &from.model, format, from.chunk_step)?;
         for name in COMPANIONS {
             let (source, target) = (self.input.join(name), self.out.join(name));
-            if source.exists() && source != target {
-                std::fs::copy(&source, &target).map_err(|source| Error::Io { action: "copy", path: target, source })?;
+            let real = |p: &Path| std::fs::canonicalize(p).ok();
+            match real(&source) {
+                // copied onto itself, a file would end up empty
+                Some(s) if Some(&s) == real(&target).as_ref() => {}
+                Some(s) => drop(std::fs::copy(s, &target).map_err(io("copy", &target))?),
+                // what an overwritten model left does not belong to this one
+                None if target.exists() => std::fs::remove_file(&target).map_err(io("remove", &target))?,
+                None => {}
             }
         }
-        eprintln!("{} parameters written to {}", from.model.numel(), self.out.display());
+        print::note(&format!("{} parameters written to {}", from.model.numel(), self.out.display()));
         Ok(())
     }
 }

@@ -131,13 +131,13 @@ impl Generate {
             });
         }
         self.show("\n")?;
-        eprintln!(
+        print::note(&format!(
             "{} prompt + {} new tokens, chunk size {chunk_size}; first token {:.1} ms, then {tokens_per_s:.0} tokens/s; cache {}",
             ids.len(),
             tokens.len(),
             first_token_s * 1e3,
             print::bytes(cache_bytes)
-        );
+        ));
         Ok(())
     }
 

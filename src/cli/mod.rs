@@ -15,8 +15,11 @@ mod train;
 use clap::{Args, Parser, Subcommand};
 use felid::tensor::{DType, Device};
 use felid::{Error, Result};
-use std::io::IsTerminal;
+use std::io::{ErrorKind, IsTerminal};
+use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// A tensor engine for Compress & Attend Transformers: train, generate, inspect, measure.
 #[derive(Parser)]
@@ -79,11 +82,52 @@ fn parse_dtype(s: &str) -> std::result::Result<DType, String> {
     }
 }
 
+/// Set by Ctrl-C, for a command that stops at a place of its own choosing. A second Ctrl-C ends the process at once.
+fn interrupts() -> Arc<AtomicBool> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    let handler = move || {
+        if flag.swap(true, Relaxed) {
+            std::process::exit(130);
+        }
+    };
+    // a second handler cannot be installed; then Ctrl-C ends the process as it would have
+    if ctrlc::set_handler(handler).is_err() {
+        tracing::warn!("no Ctrl-C handler: an interrupt ends the command at once");
+    }
+    stop
+}
+
 pub fn main() -> ExitCode {
     let color = std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()) && std::io::stderr().is_terminal();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(color).init();
-    let result = match Cli::parse().command {
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(e) => return wrong_usage(&e),
+    };
+    if std::env::var_os("RUST_BACKTRACE").is_none() {
+        std::panic::set_hook(Box::new(|_| {}));
+    }
+    match std::panic::catch_unwind(AssertUnwindSafe(|| run(command))) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        // whoever read our output has seen enough
+        Ok(Err(Error::Io { source, .. })) if source.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Ok(Err(e)) => {
+            print::note(&format!("felid: {}", print::one_line(&e.to_string())));
+            ExitCode::from(e.exit_code())
+        }
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            let text = print::one_line(text.unwrap_or("no message"));
+            print::note(&format!("felid: a defect of this program, please report it (RUST_BACKTRACE=1 says where): {text}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
         Command::Train(c) => c.run(),
         Command::Generate(c) => c.run(),
         Command::Logits(c) => c.run(),
@@ -92,14 +136,19 @@ pub fn main() -> ExitCode {
         Command::Tokenize(c) => c.run(),
         Command::Bench(c) => c.run(),
         Command::Doctor(c) => c.run(),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        // whoever read our output has seen enough
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-        Err(e) => {
-            eprintln!("felid: {e}");
-            ExitCode::from(e.exit_code())
-        }
     }
+}
+
+/// Help and version go to stdout whole; a mistake becomes one line on stderr.
+fn wrong_usage(e: &clap::Error) -> ExitCode {
+    if !e.use_stderr() || e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = e.print();
+        return ExitCode::from(e.exit_code() as u8);
+    }
+    let text = e.to_string();
+    let lines =
+        text.lines().map(str::trim).take_while(|l| !l.starts_with("Usage:") && !l.starts_with("For more information"));
+    let line = lines.filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ");
+    print::note(&format!("felid: {} (--help says more)", print::one_line(line.trim_start_matches("error: "))));
+    ExitCode::from(2)
 }

@@ -23,6 +23,16 @@ fn stdout_error(source: std::io::Error) -> Error {
     Error::Io { action: "write to", path: "stdout".into(), source }
 }
 
+/// Write a line to stderr: statistics and errors. Whoever closed stderr does not want them.
+pub fn note(s: &str) {
+    let _ = writeln!(std::io::stderr(), "{s}");
+}
+
+/// Text from elsewhere (paths, names in files) as one line.
+pub fn one_line(s: &str) -> String {
+    s.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
 /// Bytes for people.
 pub fn bytes(n: usize) -> String {
     const UNITS: [&str; 4] = ["B", "KiB", "MiB", "GiB"];

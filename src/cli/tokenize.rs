@@ -1,10 +1,11 @@
 //! `felid tokenize`.
 
-use super::print;
+use super::{interrupts, print};
 use clap::Args;
 use felid::data::{TokenizeOptions, Tokenizer, tokenize_files, train_bpe};
 use felid::{Error, Result};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering::Relaxed;
 
 /// Turn text into token shards (llm.c's .bin format): train_*.bin, val_*.bin and tokenizer.json.
 #[derive(Args)]
@@ -56,11 +57,15 @@ impl Tokenize {
             overwrite: self.overwrite,
             ..Default::default()
         };
+        let stop = interrupts();
         let bar = indicatif::ProgressBar::new(0);
         let s = tokenize_files(&self.texts, &tokenizer, &self.out, &options, &mut |p| {
             bar.set_length(p.total);
             bar.set_position(p.bytes);
-            Ok(())
+            match stop.load(Relaxed) {
+                true => Err(Error::Interrupted("nothing was written".into())),
+                false => Ok(()),
+            }
         })?;
         bar.finish_and_clear();
         if self.json {
@@ -69,14 +74,14 @@ impl Tokenize {
                 "vocab_size": tokenizer.vocab_size(), "files": s.files,
             }));
         }
-        eprintln!(
+        print::note(&format!(
             "{} bytes in {} documents -> {} training and {} validation tokens in {}",
             s.bytes,
             s.documents,
             s.train_tokens,
             s.val_tokens,
             self.out.display()
-        );
+        ));
         Ok(())
     }
 }

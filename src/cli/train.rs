@@ -1,10 +1,11 @@
 //! `felid train`.
 
-use super::{Compute, parse_dtype, print};
+use super::{Compute, interrupts, parse_dtype, print};
 use clap::Args;
 use felid::data::Tokenizer;
 use felid::eval::Quality;
 use felid::generate::{GenerateOptions, Generator};
+use felid::model::formats::write_atomically;
 use felid::ops::Sampling;
 use felid::tensor::{DType, Tensor};
 use felid::train::{StepReport, Task, TrainConfig, Trainer};
@@ -14,8 +15,7 @@ use serde_json::json;
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 /// Train a model. Without arguments: the preset `nano` on data/shakespeare.txt, then samples at two chunk sizes.
@@ -152,10 +152,12 @@ impl Train {
             });
         }
         let config = TrainConfig::from_table(given, &source, "nano")?;
-        if config.out.join("config.json").exists() && !self.overwrite {
+        if let Some(file) = ["config.json", "tokenizer.json"].iter().find(|f| config.out.join(f).exists())
+            && !self.overwrite
+        {
             let out = config.out.display();
             return Err(Error::Usage(format!(
-                "{out} holds a run already: add --resume or --overwrite, or choose another --out"
+                "{out} holds a run already ({file}): add --resume or --overwrite, or choose another --out"
             )));
         }
         Trainer::new(config)
@@ -165,7 +167,7 @@ impl Train {
         self.compute.set()?;
         let mut trainer = self.open()?;
         let (steps, model) = (trainer.config.steps, trainer.model.config());
-        eprintln!(
+        print::note(&format!(
             "{:?}, {} parameters, {} threads; {} x {} tokens a micro-batch, chunk sizes {:?}; step {} of {steps}; writing {}",
             model.model_type,
             trainer.model.numel(),
@@ -175,13 +177,8 @@ impl Train {
             trainer.config.round(model).into_iter().flatten().collect::<Vec<_>>(),
             trainer.steps_done(),
             trainer.config.out.display(),
-        );
-        let stop = Arc::new(AtomicBool::new(false));
-        let flag = stop.clone();
-        // a second handler cannot be installed; then Ctrl-C ends the process as it would have
-        if ctrlc::set_handler(move || flag.store(true, Relaxed)).is_err() {
-            tracing::warn!("no Ctrl-C handler: an interrupt will not save");
-        }
+        ));
+        let stop = interrupts();
         let mut log = Log::open(&trainer.config.out, trainer.steps_done())?;
         let start = Instant::now();
         let progress = Progress::new(steps, trainer.steps_done());
@@ -191,9 +188,7 @@ impl Train {
             log.write(&json!({ "kind": "step", "time_s": start.elapsed().as_secs_f64(), "report": report }))?;
             let (done, c) = (report.step, &trainer.config);
             if stop.load(Relaxed) {
-                trainer.save()?;
-                progress.finish();
-                return Err(Error::Interrupted(format!("step {done} is saved in {}: --resume goes on", c.out.display())));
+                break;
             }
             let due = |every: u64| every > 0 && done.is_multiple_of(every) && done < steps;
             if due(c.eval_every) {
@@ -207,9 +202,17 @@ impl Train {
         }
         progress.finish();
         trainer.save()?;
+        if stop.load(Relaxed) {
+            let (done, out) = (trainer.steps_done(), trainer.config.out.display());
+            return Err(Error::Interrupted(format!("step {done} is saved in {out}: --resume goes on")));
+        }
         let found = trainer.evaluate(trainer.config.final_eval_windows)?;
         log.quality(trainer.steps_done(), &found)?;
-        eprintln!("step {steps}, held out: {} ({:.0} s)", summary(&trainer, &found), start.elapsed().as_secs_f64());
+        print::note(&format!(
+            "step {steps}, held out: {} ({:.0} s)",
+            summary(&trainer, &found),
+            start.elapsed().as_secs_f64()
+        ));
         if trainer.config.task == Task::Text {
             samples(&trainer)?;
         }
@@ -287,15 +290,17 @@ impl Log {
             move |source| Error::Io { action, path, source }
         };
         std::fs::create_dir_all(dir).map_err(io("create the folder of"))?;
-        let old = if steps_done > 0 { std::fs::read_to_string(&path).unwrap_or_default() } else { String::new() };
+        let old = if steps_done > 0 { std::fs::read(&path).unwrap_or_default() } else { Vec::new() };
+        let old = String::from_utf8_lossy(&old);
         let step_of = |line: &str| {
             let v: serde_json::Value = serde_json::from_str(line).ok()?;
             v["report"]["step"].as_u64().or(v["step"].as_u64())
         };
         let kept: String =
             old.lines().filter(|l| step_of(l).is_some_and(|s| s <= steps_done)).map(|l| format!("{l}\n")).collect();
-        let mut file = File::create(&path).map_err(io("create"))?;
-        file.write_all(kept.as_bytes()).map_err(io("write"))?;
+        // whole or not at all: the lines of an earlier run are not lost to an ill-timed end of this one
+        write_atomically(&path, |w| w.write_all(kept.as_bytes()).map_err(io("write")))?;
+        let file = File::options().append(true).open(&path).map_err(io("open"))?;
         Ok(Self { file, path })
     }
     fn write(&mut self, value: &serde_json::Value) -> Result<()> {
@@ -335,11 +340,11 @@ impl Progress {
             self.bar.set_message(text);
             self.bar.set_position(r.step);
         } else if r.step.is_multiple_of(100) {
-            eprintln!("step {}: {text}", r.step);
+            print::note(&format!("step {}: {text}", r.step));
         }
     }
     fn say(&self, text: &str) {
-        if self.terminal { self.bar.suspend(|| eprintln!("{text}")) } else { eprintln!("{text}") }
+        if self.terminal { self.bar.suspend(|| print::note(text)) } else { print::note(text) }
     }
     fn finish(&self) {
         self.bar.finish_and_clear();
