@@ -110,3 +110,15 @@ fn a_damaged_state_is_an_error() {
     let e = Trainer::resume(&c.out, Ok).err().unwrap().to_string();
     assert!(e.contains("training_state"), "{e}");
 }
+
+/// The file that spells out the default run says what the code does.
+#[test]
+fn the_example_is_the_default_run() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/nano.toml");
+    let table = TrainConfig::parse_table(&std::fs::read_to_string(&path).unwrap(), &path).unwrap();
+    let (spelled, default) = (TrainConfig::from_table(table, &path, "nano").unwrap(), TrainConfig::preset("nano").unwrap());
+    assert_eq!(spelled.model_config(256).unwrap(), default.model_config(256).unwrap());
+    let model = default.model_config(256).unwrap();
+    assert_eq!(spelled.round(&model), default.round(&model));
+    assert_eq!(TrainConfig { model: None, chunk_sizes: vec![], ..spelled }, default);
+}
