@@ -1,0 +1,122 @@
+// What the kernels share: element types, vector loads, reductions, strided rows. Compiled by NVRTC: no toolkit headers.
+//
+// A module is one .cu file compiled for one element type T (FELID_T: float, bf16 or f16), so entry points are plain
+// extern "C" names, the same for every type. Arithmetic runs in f32 and rounds once, to nearest even, when it is stored.
+// Nothing here uses atomics: every sum has one order, so results do not depend on scheduling.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL extern "C" __global__ void
+
+struct alignas(2) bf16 { u16 bits; };
+struct alignas(2) f16 { u16 bits; };
+
+#ifndef FELID_T
+#define FELID_T float
+#endif
+typedef FELID_T T;
+
+template <typename A, typename B> struct Same { static constexpr bool value = false; };
+template <typename A> struct Same<A, A> { static constexpr bool value = true; };
+
+// ---- conversions ----
+
+DEVICE float to_f32(float x) { return x; }
+DEVICE float to_f32(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+DEVICE float to_f32(f16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
+
+template <typename D> DEVICE D from_f32(float x);
+template <> DEVICE float from_f32<float>(float x) { return x; }
+template <> DEVICE bf16 from_f32<bf16>(float x) { bf16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); return y; }
+template <> DEVICE f16 from_f32<f16>(float x) { f16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); return y; }
+
+// Two elements as the 32 bits that tensor cores take: `low` in the low half.
+template <typename D> DEVICE u32 pack2(float low, float high);
+template <> DEVICE u32 pack2<bf16>(float low, float high) { u32 y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
+template <> DEVICE u32 pack2<f16>(float low, float high) { u32 y; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
+
+// ---- 16-byte accesses ----
+
+template <typename D> struct alignas(16) Pack {
+  static constexpr int N = 16 / sizeof(D);
+  D x[N];
+};
+template <typename D> DEVICE Pack<D> load_pack(const D *p) { return *reinterpret_cast<const Pack<D> *>(p); }
+template <typename D> DEVICE void store_pack(D *p, const Pack<D> &v) { *reinterpret_cast<Pack<D> *>(p) = v; }
+DEVICE bool aligned16(const void *p) { return (reinterpret_cast<u64>(p) & 15) == 0; }
+
+// ---- reductions: the order of additions is fixed by the block's size ----
+
+DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+  return x;
+}
+DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, o));
+  return x;
+}
+// Sum over the whole (one-dimensional) block, returned to every thread. `shared` holds at least 32 floats; the block
+// may use it again after the call returns.
+DEVICE float block_sum(float x, float *shared) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
+  x = warp_sum(x);
+  if (warps == 1) return x;
+  if (lane == 0) shared[warp] = x;
+  __syncthreads();
+  x = warp_sum(lane < warps ? shared[lane] : 0.0f);
+  __syncthreads();
+  return x;
+}
+DEVICE float block_max(float x, float *shared) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
+  x = warp_max(x);
+  if (warps == 1) return x;
+  if (lane == 0) shared[warp] = x;
+  __syncthreads();
+  x = warp_max(lane < warps ? shared[lane] : -__int_as_float(0x7f800000));
+  __syncthreads();
+  return x;
+}
+
+// ---- strided views, passed by value (`View` in ops/cuda/launch.rs) ----
+
+// Dimensions of a view, outermost first; neighbours that behave as one are merged by the host, so rank is small.
+constexpr int MAX_RANK = 8;
+struct View {
+  i64 rank;
+  i64 shape[MAX_RANK];
+  i64 stride[MAX_RANK];
+};
+// Where element (or row) i of the view lies, counted in row-major order.
+DEVICE i64 offset_of(const View &v, i64 i) {
+  if (v.rank == 1) return i * v.stride[0];
+  i64 at = 0;
+  for (int d = (int)v.rank - 1; d > 0; d--) {
+    // 32-bit division is several times faster, and most sizes fit
+    i64 q, r;
+    if ((u64)i <= 0xffffffffull && (u64)v.shape[d] <= 0xffffffffull) {
+      q = (u32)i / (u32)v.shape[d];
+      r = (u32)i - (u32)q * (u32)v.shape[d];
+    } else {
+      q = i / v.shape[d];
+      r = i - q * v.shape[d];
+    }
+    at += r * v.stride[d];
+    i = q;
+  }
+  return at + i * v.stride[0];
+}
+
+DEVICE i64 thread_index() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
+DEVICE i64 thread_count() { return (i64)gridDim.x * blockDim.x; }
+
+DEVICE float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+DEVICE float infinity() { return __int_as_float(0x7f800000); }
