@@ -5,6 +5,7 @@
 //! Nothing here is needed to build Felid: the driver, NVRTC and cuBLASLt are looked for when a device is first asked for,
 //! and what is missing becomes an [`Error`](crate::Error) that lists what was tried and what to do.
 
+mod blas;
 mod copy;
 mod gpu;
 pub mod kernels;
@@ -13,6 +14,8 @@ pub mod libraries;
 mod memory;
 mod module;
 
+pub use blas::{Gemm, gemm, set_gemm, set_tf32};
+pub(crate) use blas::{Kind, Matrix, Product};
 pub(crate) use copy::copy_strided;
 pub use gpu::{Gpu, device_count, gpu};
 pub(crate) use launch::{Arg, Grid, View};

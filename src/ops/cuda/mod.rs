@@ -10,6 +10,7 @@ pub mod concat;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod gather;
+pub mod gemm_native;
 pub mod interpolate;
 pub mod linear_cross_entropy;
 pub mod matmul;
