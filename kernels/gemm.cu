@@ -7,7 +7,7 @@
 // deep; ldmatrix feeds the warps, each WM x WN of the tile. Finished sums pass through shared memory so that rows of D are
 // read and written 16 bytes a thread.
 //
-// Launch: grid (tiles, splits of k, batch), block 32 (BM / WM) (BN / WN), dynamic shared memory `shared_bytes` below.
+// Launch: grid (tiles, splits, batches), block 32 (BM / WM) (BN / WN), dynamic shared memory `shared_bytes` below.
 //   entry          tile        threads  shared    for
 //   gemm_128x256   128 x 256   256      196,608   large products
 //   gemm_128x128   128 x 128   128       98,304   products that leave fewer tiles
@@ -140,10 +140,9 @@ template <int BM, int BN, int WM, int WN, int STAGES, bool VECTOR> DEVICE void m
   constexpr int MT = WM / 16, NT = WN / 16, STEPS = BK / 16;
   extern __shared__ __align__(128) u8 shared[];
   const u32 stages = shared_address(shared);
-  const Place at = place<BM, BN>(p);
-  const i64 batch = blockIdx.z;
-  Copier<BM, GEMM_A_K, S::THREADS, VECTOR> copy_a(p.a + batch * p.batch_a, p.lda, at.row, p.m, at.k_begin, at.k_end);
-  Copier<BN, GEMM_B_K, S::THREADS, VECTOR> copy_b(p.b + batch * p.batch_b, p.ldb, at.column, p.n, at.k_begin, at.k_end);
+  const Place at = place<BM, BN, 16>(p, blockIdx.x, blockIdx.y, blockIdx.z);
+  Copier<BM, GEMM_A_K, S::THREADS, VECTOR> copy_a(p.a + at.batch * p.batch_a, p.lda, at.row, p.m, at.k_begin, at.k_end);
+  Copier<BN, GEMM_B_K, S::THREADS, VECTOR> copy_b(p.b + at.batch * p.batch_b, p.ldb, at.column, p.n, at.k_begin, at.k_end);
   const int warp = threadIdx.x / 32, row = warp / (BN / WN) * WM, column = warp % (BN / WN) * WN;
   const Reader<BM, GEMM_A_K, true> read_a(row);
   const Reader<BN, GEMM_B_K, false> read_b(column);
@@ -209,7 +208,7 @@ template <int BM, int BN, int WM, int WN, int STAGES, bool VECTOR> DEVICE void m
     const int r = i / (BN / 8), c = i % (BN / 8) * 8;
     float x[8];
     load_row(x, sums + r * S::TILE_LD + c, 8);
-    emit(p, at.row + r, at.column + c, x);
+    emit(p, at, at.row + r, at.column + c, x);
   }
 }
 

@@ -26,40 +26,42 @@ struct Product {
   const Out *c;         // null: nothing is added
   Out *d;
   const T *bias;        // null: none
-  float *partial;       // [splits, batch, m, n] where k is split, else null
+  float *partial;       // [splits, batches, m, n] where k is split, else null
   i64 m, n, k;
   i64 lda, ldb, ldd;    // C lies as D does
   i64 batch_a, batch_b, batch_d;
-  i64 split;            // how much of k each blockIdx.y takes: a multiple of 64, below 2^31
+  i64 batches;
+  i64 splits, depth;    // k is summed in `splits` parts of `depth`, a multiple of 64 below 2^31
 };
 
 // ---- the order of tiles ----
 
-// Blocks run roughly in order, so those that run together should share operands in L2: the grid walks bands of GROUP tile
-// rows, down a band's column of tiles before the next column.
-constexpr int GROUP = 16;
+// Blocks run roughly in order, and those that run together should share operands in L2: tiles are counted through bands of
+// BAND rows of tiles, down a band's column of tiles before the next column.
 struct Place {
   i64 row, column;   // the tile's first
   i64 k_begin, k_end;
+  i64 split, batch;
 };
-template <int BM, int BN> DEVICE Place place(const Product &p) {
+template <int BM, int BN, int BAND> DEVICE Place place(const Product &p, u32 tile, i64 split, i64 batch) {
   const u32 rows = (u32)((p.m + BM - 1) / BM), columns = (u32)((p.n + BN - 1) / BN);
-  const u32 band = blockIdx.x / (GROUP * columns), inside = blockIdx.x - band * (GROUP * columns);
-  const u32 height = min(rows - band * GROUP, (u32)GROUP);
-  const u32 column = inside / height, row = band * GROUP + inside - column * height;
-  const i64 begin = blockIdx.y * p.split;
-  return {(i64)row * BM, (i64)column * BN, begin, min(begin + p.split, p.k)};
+  const u32 band = tile / (BAND * columns), inside = tile - band * (BAND * columns);
+  const u32 height = min(rows - band * BAND, (u32)BAND);
+  const u32 column = inside / height, row = band * BAND + inside - column * height;
+  const i64 begin = split * p.depth;
+  return {(i64)row * BM, (i64)column * BN, begin, min(begin + p.depth, p.k), split, batch};
 }
 
 // ---- epilogue ----
 
-// N neighbours of one row, `count` of them inside the matrix.
+// N neighbours of one row, `count` of them inside the matrix: up to 16 bytes an access.
+template <typename E, int N> struct alignas(N * sizeof(E)) Chunk { E x[N]; };
 template <int N, typename E> DEVICE void load_row(float (&x)[N], const E *from, int count) {
-  constexpr int P = Pack<E>::N < N ? Pack<E>::N : N;
-  if (count == N && P == Pack<E>::N && aligned16(from)) {
+  constexpr int P = N < Pack<E>::N ? N : Pack<E>::N;
+  if (count == N && reinterpret_cast<u64>(from) % sizeof(Chunk<E, P>) == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += P) {
-      const Pack<E> v = load_pack(from + i);
+      const Chunk<E, P> v = *reinterpret_cast<const Chunk<E, P> *>(from + i);
 #pragma unroll
       for (int j = 0; j < P; j++) x[i + j] = to_f32(v.x[j]);
     }
@@ -69,23 +71,22 @@ template <int N, typename E> DEVICE void load_row(float (&x)[N], const E *from, 
   }
 }
 template <int N, typename E> DEVICE void store_row(E *to, const float (&x)[N], int count) {
-  constexpr int P = Pack<E>::N < N ? Pack<E>::N : N;
-  if (count == N && P == Pack<E>::N && aligned16(to)) {
+  constexpr int P = N < Pack<E>::N ? N : Pack<E>::N;
+  if (count == N && reinterpret_cast<u64>(to) % sizeof(Chunk<E, P>) == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += P) {
-      Pack<E> v;
+      Chunk<E, P> v;
 #pragma unroll
       for (int j = 0; j < P; j++) v.x[j] = from_f32<E>(x[i + j]);
-      store_pack(to + i, v);
+      *reinterpret_cast<Chunk<E, P> *>(to + i) = v;
     }
   } else {
 #pragma unroll
     for (int i = 0; i < N; i++) if (i < count) to[i] = from_f32<E>(x[i]);
   }
 }
-// Adds what is added and stores N neighbours of a row, from `column` on.
-template <int N> DEVICE void finish(const Product &p, i64 row, i64 column, i64 batch, float (&x)[N], int count) {
-  const i64 at = batch * p.batch_d + row * p.ldd + column;
+// Adds bias and C to N neighbours of a row; `at` is where they lie in D.
+template <int N> DEVICE void add(const Product &p, i64 at, i64 column, float (&x)[N], int count) {
   float y[N];
   if (p.bias) {
     load_row(y, p.bias + column, count);
@@ -97,29 +98,28 @@ template <int N> DEVICE void finish(const Product &p, i64 row, i64 column, i64 b
 #pragma unroll
     for (int i = 0; i < N; i++) x[i] += y[i];
   }
-  store_row(p.d + at, x, count);
 }
-// The same for a tile's sums, which are partial ones where k is split.
-template <int N> DEVICE void emit(const Product &p, i64 row, i64 column, float (&x)[N]) {
+// Stores N finished sums of a row, or partial ones where k is split.
+template <int N> DEVICE void emit(const Product &p, const Place &tile, i64 row, i64 column, float (&x)[N]) {
   if (row >= p.m || column >= p.n) return;
   const int count = (int)min(p.n - column, (i64)N);
-  const i64 batch = blockIdx.z;
   if (p.partial) {
-    const i64 slab = (i64)blockIdx.y * gridDim.z + batch;
-    store_row(p.partial + (slab * p.m + row) * p.n + column, x, count);
+    store_row(p.partial + ((tile.split * p.batches + tile.batch) * p.m + row) * p.n + column, x, count);
   } else {
-    finish(p, row, column, batch, x, count);
+    const i64 at = tile.batch * p.batch_d + row * p.ldd + column;
+    add(p, at, column, x, count);
+    store_row(p.d + at, x, count);
   }
 }
 
-// Adds the partial sums, in the order of k. One thread an element of D; grid (x, 1, batch).
-KERNEL gemm_sum(const Product p, i64 splits) {
-  const i64 slab = p.m * p.n;
-  const i64 batch = blockIdx.z;
-  for (i64 i = thread_index(); i < slab; i += thread_count()) {
+// Adds the partial sums, in the order of k. One thread an element of D; grid (x, 1, batches).
+KERNEL gemm_sum(const Product p) {
+  const i64 matrix = p.m * p.n, batch = blockIdx.z;
+  for (i64 i = thread_index(); i < matrix; i += thread_count()) {
     float x[1] = {0.0f};
-    for (i64 s = 0; s < splits; s++) x[0] += p.partial[(s * gridDim.z + batch) * slab + i];
-    const i64 row = i / p.n;
-    finish(p, row, i - row * p.n, batch, x, 1);
+    for (i64 s = 0; s < p.splits; s++) x[0] += p.partial[(s * p.batches + batch) * matrix + i];
+    const i64 row = i / p.n, column = i - row * p.n, at = batch * p.batch_d + row * p.ldd + column;
+    add(p, at, column, x, 1);
+    store_row(p.d + at, x, 1);
   }
 }

@@ -7,7 +7,7 @@
 // 4 x 8 threads R x 8 in groups of four neighbours. Tiles lie in shared memory as [k][m] and [k][n], two deep: the next one
 // travels through registers while this one multiplies.
 //
-// Launch: grid (tiles, splits of k, batch), block 256, no dynamic shared memory.
+// Launch: grid (tiles, splits, batches), block 256, no dynamic shared memory.
 //   gemm_128x128   large products
 //   gemm_64x64     small ones
 //   gemm_any       operands of any alignment, element by element, in 128 x 128 tiles
@@ -81,10 +81,9 @@ template <int BM, int BN, bool VECTOR> DEVICE void multiply(const Product &p) {
   using CopyA = Copier<BM, GEMM_A_K, VECTOR>;
   using CopyB = Copier<BN, GEMM_B_K, VECTOR>;
   __shared__ __align__(16) float tiles_a[2][BK * CopyA::LD], tiles_b[2][BK * CopyB::LD];
-  const Place at = place<BM, BN>(p);
-  const i64 batch = blockIdx.z;
-  CopyA copy_a(p.a + batch * p.batch_a, p.lda, at.row, p.m, at.k_begin, at.k_end);
-  CopyB copy_b(p.b + batch * p.batch_b, p.ldb, at.column, p.n, at.k_begin, at.k_end);
+  const Place at = place<BM, BN, 16>(p, blockIdx.x, blockIdx.y, blockIdx.z);
+  CopyA copy_a(p.a + at.batch * p.batch_a, p.lda, at.row, p.m, at.k_begin, at.k_end);
+  CopyB copy_b(p.b + at.batch * p.batch_b, p.ldb, at.column, p.n, at.k_begin, at.k_end);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = warp / 2 * WM + lane / 8 * 4, column = warp % 2 * WN + lane % 8 * 4;
   const int tiles = (int)((at.k_end - at.k_begin + BK - 1) / BK);
@@ -123,7 +122,7 @@ template <int BM, int BN, bool VECTOR> DEVICE void multiply(const Product &p) {
 #pragma unroll
     for (int j = 0; j < C; j += 4) {
       float z[4] = {acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]};
-      emit(p, at.row + row + i / 4 * 16 + i % 4, at.column + column + j / 4 * 32, z);
+      emit(p, at, at.row + row + i / 4 * 16 + i % 4, at.column + column + j / 4 * 32, z);
     }
 }
 
