@@ -204,11 +204,13 @@ template <int BM, int BN, int WM, int WN, int STAGES, bool VECTOR> DEVICE void m
         *reinterpret_cast<float2 *>(to) = make_float2(acc[i][j][h * 2], acc[i][j][h * 2 + 1]);
       }
   __syncthreads();
-  for (int i = threadIdx.x; i < BM * BN / 8; i += S::THREADS) {
-    const int r = i / (BN / 8), c = i % (BN / 8) * 8;
-    float x[8];
-    load_row(x, sums + r * S::TILE_LD + c, 8);
-    emit(p, at, at.row + r, at.column + c, x);
+  constexpr int STEP = S::THREADS / (BN / 8), M = 4;   // rows between a thread's eight columns
+  const int r0 = threadIdx.x / (BN / 8), c = threadIdx.x % (BN / 8) * 8;
+  for (int r = r0; r < BM; r += M * STEP) {
+    float x[M][8];
+#pragma unroll
+    for (int i = 0; i < M; i++) load_row(x[i], sums + (r + i * STEP) * S::TILE_LD + c, 8);
+    emit(p, at, at.row + r, STEP, at.column + c, x);
   }
 }
 

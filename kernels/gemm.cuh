@@ -85,30 +85,30 @@ template <int N, typename E> DEVICE void store_row(E *to, const float (&x)[N], i
     for (int i = 0; i < N; i++) if (i < count) to[i] = from_f32<E>(x[i]);
   }
 }
-// Adds bias and C to N neighbours of a row; `at` is where they lie in D.
-template <int N> DEVICE void add(const Product &p, i64 at, i64 column, float (&x)[N], int count) {
-  float y[N];
-  if (p.bias) {
-    load_row(y, p.bias + column, count);
+// Adds bias and C to M rows of N sums, rows `step` apart, and stores them; stores them as they are where k is split. C may be
+// D: all that is read is read before anything is stored.
+template <int M, int N> DEVICE void emit(const Product &p, const Place &tile, i64 row, int step, i64 column, float (&x)[M][N]) {
+  const int count = (int)max((i64)0, min(p.n - column, (i64)N));
+  const bool partial = p.partial;
+  const i64 at = tile.batch * p.batch_d + row * p.ldd + column;
+  if (!partial && (p.bias || p.c)) {
+    float y[M][N], z[N];
+    if (p.bias) load_row(z, p.bias + column, count);
 #pragma unroll
-    for (int i = 0; i < N; i++) x[i] += y[i];
-  }
-  if (p.c) {
-    load_row(y, p.c + at, count);
+    for (int i = 0; i < M; i++)
+      if (p.c) load_row(y[i], p.c + at + i * step * p.ldd, row + i * step < p.m ? count : 0);
 #pragma unroll
-    for (int i = 0; i < N; i++) x[i] += y[i];
+    for (int i = 0; i < M; i++)
+#pragma unroll
+      for (int j = 0; j < N; j++) x[i][j] += (p.bias ? z[j] : 0.0f) + (p.c ? y[i][j] : 0.0f);
   }
-}
-// Stores N finished sums of a row, or partial ones where k is split.
-template <int N> DEVICE void emit(const Product &p, const Place &tile, i64 row, i64 column, float (&x)[N]) {
-  if (row >= p.m || column >= p.n) return;
-  const int count = (int)min(p.n - column, (i64)N);
-  if (p.partial) {
-    store_row(p.partial + ((tile.split * p.batches + tile.batch) * p.m + row) * p.n + column, x, count);
-  } else {
-    const i64 at = tile.batch * p.batch_d + row * p.ldd + column;
-    add(p, at, column, x, count);
-    store_row(p.d + at, x, count);
+  const i64 slab = (tile.split * p.batches + tile.batch) * p.m;
+#pragma unroll
+  for (int i = 0; i < M; i++) {
+    const i64 r = row + i * step;
+    if (r >= p.m) continue;
+    if (partial) store_row(p.partial + (slab + r) * p.n + column, x[i], count);
+    else store_row(p.d + at + i * step * p.ldd, x[i], count);
   }
 }
 
@@ -116,10 +116,11 @@ template <int N> DEVICE void emit(const Product &p, const Place &tile, i64 row, 
 KERNEL gemm_sum(const Product p) {
   const i64 matrix = p.m * p.n, batch = blockIdx.z;
   for (i64 i = thread_index(); i < matrix; i += thread_count()) {
-    float x[1] = {0.0f};
-    for (i64 s = 0; s < p.splits; s++) x[0] += p.partial[(s * p.batches + batch) * matrix + i];
+    float x = 0.0f;
+    for (i64 s = 0; s < p.splits; s++) x += p.partial[(s * p.batches + batch) * matrix + i];
     const i64 row = i / p.n, column = i - row * p.n, at = batch * p.batch_d + row * p.ldd + column;
-    add(p, at, column, x, 1);
-    store_row(p.d + at, x, 1);
+    if (p.bias) x += to_f32(p.bias[column]);
+    if (p.c) x += to_f32(p.c[at]);
+    p.d[at] = from_f32<Out>(x);
   }
 }

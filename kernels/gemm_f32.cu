@@ -118,11 +118,13 @@ template <int BM, int BN, bool VECTOR> DEVICE void multiply(const Product &p) {
     __syncthreads();
   }
 #pragma unroll
-  for (int i = 0; i < R; i++)
+  for (int i = 0; i < R; i += 4)
 #pragma unroll
     for (int j = 0; j < C; j += 4) {
-      float z[4] = {acc[i][j], acc[i][j + 1], acc[i][j + 2], acc[i][j + 3]};
-      emit(p, at, at.row + row + i / 4 * 16 + i % 4, at.column + column + j / 4 * 32, z);
+      float z[4][4];
+#pragma unroll
+      for (int e = 0; e < 16; e++) z[e / 4][e % 4] = acc[i + e / 4][j + e % 4];
+      emit(p, at, at.row + row + i * 4, 1, at.column + column + j * 8, z);
     }
 }
 

@@ -9,7 +9,7 @@
 // cluster of two, blocks take tiles one above the other and share B: each copies half of it to both.
 //
 // Launch: grid min(tiles * splits * batches, multiprocessors) (of CLUSTER-high tiles, times CLUSTER), block 384, dynamic
-// shared memory 196,864. A and B come as tensor maps of rank 3, (along memory, lines, batch), boxes of 64 x 64 x 1, 128-byte
+// shared memory 229,632. A and B come as tensor maps of rank 3, (along memory, lines, batch), boxes of 64 x 64 x 1, 128-byte
 // swizzle, zeros outside; a batch stride of 0 in Product means that the map has one matrix.
 //   gemm_tma_256      tile 128 x 256
 //   gemm_tma_256x2    tile 128 x 256, clusters of two
@@ -104,78 +104,26 @@ constexpr u32 STEP_A = GEMM_A_K ? 32 : 16 * 128, STEP_B = GEMM_B_K ? 32 : 16 * 1
 
 // ---- epilogue ----
 
-// Transposes the 4 x 4 words that four neighbouring lanes hold.
-DEVICE void transpose_words(u32 (&w)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+// Stores a warp's sums, rows `row` to row + 15 of D, 64 columns at a time through its own 4 KiB of shared memory, so that rows
+// are read and written 16 bytes a lane. Groups of eight columns are permuted by xor with the row: no bank is met twice.
+template <int BN> DEVICE void store_sums(const Product &p, const Place &tile, i64 row, float *own, const float (&acc)[BN / 8][4]) {
+  const int lane = threadIdx.x % 32, r = lane / 4, q = lane % 4;
 #pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const u32 got = __shfl_xor_sync(0xffffffffu, odd ? w[i] : w[i + 1], 1);
-    (odd ? w[i] : w[i + 1]) = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const u32 got = __shfl_xor_sync(0xffffffffu, high ? w[i] : w[i + 2], 2);
-    (high ? w[i] : w[i + 2]) = got;
-  }
-}
-// Stores the sums of rows `row` and 8 below (of a warpgroup's 64), where `tile` lies.
-template <int BN, typename O = Out> DEVICE void store_sums(const Product &p, const Place &tile, i64 row, float (&acc)[BN / 8][4]) {
-  const int q = threadIdx.x % 4;
-  const bool whole = tile.column + BN <= p.n;
-  const i64 base = tile.batch * p.batch_d + tile.column;
-  if (sizeof(O) == 2 && whole && !p.partial && aligned16(p.d + base) && p.ldd % 8 == 0) {
-    // four lanes hold a row's 8 columns, two each: exchanged so that each stores 16 bytes
-    if constexpr (sizeof(O) == 2) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const i64 r = row + h * 8, at = base + r * p.ldd;
-        const bool inside = r < p.m;
-#pragma unroll
-        for (int j = 0; j < BN / 8; j += 4) {
-          float x[4][2];
-          u32 w[4];
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            x[i][0] = acc[j + i][h * 2], x[i][1] = acc[j + i][h * 2 + 1];
-            const int column = (j + i) * 8 + q * 2;
-            if (inside) add(p, at + column, tile.column + column, x[i], 2);
-          }
-#pragma unroll
-          for (int i = 0; i < 4; i++) w[i] = pack2<O>(x[i][0], x[i][1]);
-          transpose_words(w);
-          if (inside) *reinterpret_cast<uint4 *>(p.d + at + (j + q) * 8) = make_uint4(w[0], w[1], w[2], w[3]);
-        }
-      }
-    }
-  } else if ((sizeof(O) == 4 || p.partial) && whole && (p.partial ? p.n : p.ldd) % 2 == 0 && reinterpret_cast<u64>(p.d + base) % 8 == 0) {
-    const bool partial = p.partial;
-    const i64 matrix = (tile.split * p.batches + tile.batch) * p.m;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const i64 r = row + h * 8;
-      if (r >= p.m) continue;
-      const i64 at = base + r * p.ldd + q * 2;
-      float *to = partial ? p.partial + (matrix + r) * p.n + tile.column + q * 2 : reinterpret_cast<float *>(p.d) + at;
-#pragma unroll
-      for (int j0 = 0; j0 < BN / 8; j0 += 8) {
-        float x[8][2];   // C may be D: what is read is read before the stores, eight at a time
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          x[j][0] = acc[j0 + j][h * 2], x[j][1] = acc[j0 + j][h * 2 + 1];
-          if (!partial) add(p, at + (j0 + j) * 8, tile.column + (j0 + j) * 8 + q * 2, x[j], 2);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++) *reinterpret_cast<float2 *>(to + (j0 + j) * 8) = make_float2(x[j][0], x[j][1]);
-      }
-    }
-  } else {
+  for (int b = 0; b < BN / 64; b++) {
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
-      for (int j = 0; j < BN / 8; j++) {
-        float x[2] = {acc[j][h * 2], acc[j][h * 2 + 1]};
-        emit(p, tile, row + h * 8, tile.column + j * 8 + q * 2, x);
-      }
+      for (int j = 0; j < 8; j++)
+        *reinterpret_cast<float2 *>(own + (r + h * 8) * 64 + ((j ^ (r & 7)) * 8 + q * 2)) = make_float2(acc[b * 8 + j][h * 2], acc[b * 8 + j][h * 2 + 1]);
+    __syncwarp();
+    float x[4][8];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int from = lane / 8 + i * 4;
+      load_row(x[i], own + from * 64 + ((lane ^ from) & 7) * 8, 8);
+    }
+    emit(p, tile, row + lane / 8, 4, tile.column + b * 64 + lane % 8 * 8, x);
+    __syncwarp();
   }
 }
 
@@ -185,6 +133,7 @@ template <int BN, int STAGES, int CLUSTER> DEVICE void multiply(const TensorMap 
   constexpr int STAGE = (BM + BN) * BK * 2, SHARE = BN / 64 / CLUSTER;   // boxes of B that a block copies
   extern __shared__ __align__(1024) u8 shared[];
   const u32 stages = shared_address(shared), full = stages + STAGES * STAGE, empty = full + STAGES * 8;
+  float *sums = reinterpret_cast<float *>(shared + STAGES * STAGE + 256);   // 4 KiB for each multiplying warp
   const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
@@ -264,7 +213,7 @@ template <int BN, int STAGES, int CLUSTER> DEVICE void multiply(const TensorMap 
       }
       wgmma_wait<0>();
       release(before);
-      store_sums<BN>(p, at, at.row + group * 64 + warp * 16 + lane / 4, acc);
+      store_sums<BN>(p, at, at.row + group * 64 + warp * 16, sums + (group * 4 + warp) * 1024, acc);
     }
   }
 }

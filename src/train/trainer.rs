@@ -49,7 +49,7 @@ impl Source {
 }
 
 /// The dtype that gradients of weights of `dtype` are summed in.
-pub(crate) fn wide(dtype: DType) -> DType {
+fn wide(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
