@@ -100,9 +100,7 @@ fn products_agree() {
     agrees("linear with bias", &[&[129, 100], &[65, 100], &[65]], |v| one(ops::linear(&v[0], &v[1], Some(&v[2]))));
     agrees("matmul batched", &[&[3, 4, 65, 33], &[3, 4, 33, 130]], |v| one(ops::matmul(&v[0], &v[1])));
     agrees("matmul broadcast", &[&[5, 65, 34], &[34, 70]], |v| one(ops::matmul(&v[0], &v[1])));
-    agrees("matmul of views", &[&[7, 65, 32], &[7, 66, 32]], |v| {
-        one(ops::matmul(&v[0], &ops::transpose(&v[1], 1, 2)?))
-    });
+    agrees("matmul of views", &[&[7, 65, 32], &[7, 66, 32]], |v| one(ops::matmul(&v[0], &ops::transpose(&v[1], 1, 2)?)));
     agrees("matmul of permuted batches", &[&[65, 7, 32], &[32, 66, 7]], |v| {
         one(ops::matmul(&ops::transpose(&v[0], 0, 1)?, &ops::permute(&v[1], &[2, 0, 1])?))
     });

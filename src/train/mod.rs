@@ -9,4 +9,4 @@ mod trainer;
 pub use config::{MqarConfig, Task, TrainConfig};
 pub use optimizer::Optimizer;
 pub use trainer::{Source, StepReport, Trainer};
-pub(crate) use trainer::micro_step;
+pub(crate) use trainer::{micro_step, prepare};

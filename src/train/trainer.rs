@@ -48,9 +48,13 @@ impl Source {
     }
 }
 
-/// The dtype that gradients of weights of `dtype` are summed in.
-fn wide(dtype: DType) -> DType {
-    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+/// Weights of `dtype` with gradients in f32 (f64 for f64): 16 bits would lose what many rows and micro-batches add.
+pub(crate) fn prepare(model: &mut Cat, dtype: DType) -> Result<()> {
+    let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    for p in model.params_mut() {
+        p.var = Var::parameter_with_gradient(ops::cast_tensor(p.value(), dtype)?, wide);
+    }
+    Ok(())
 }
 
 /// What one step did.
@@ -104,10 +108,7 @@ impl Trainer {
         config.check(&model_config)?;
         let source = Source::open(&config, &tokenizer)?;
         let mut model = Cat::new(model_config, config.seed)?;
-        for p in model.params_mut() {
-            // f32 gradients for weights of any width: 16 bits would lose what many rows and micro-batches add
-            p.var = Var::parameter_with_gradient(ops::cast_tensor(p.value(), config.dtype)?, wide(config.dtype));
-        }
+        prepare(&mut model, config.dtype)?;
         let model = model.to_device(device)?;
         let optimizer = Optimizer::new(&model)?;
         let round = config.round(model.config());
