@@ -250,7 +250,7 @@ impl TrainConfig {
 }
 
 /// Tokens of a micro-batch, and micro-batches of a run: beyond these, numbers are mistakes.
-const MAX_BATCH: usize = 1 << 28;
+pub(crate) const MAX_BATCH: usize = 1 << 28;
 pub(super) const MAX_MICRO_STEPS: u64 = 1 << 53;
 
 fn bad_toml(path: &Path, e: &dyn std::fmt::Display) -> Error {
