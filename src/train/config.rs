@@ -185,7 +185,10 @@ impl TrainConfig {
         };
         if m.vocab_size < vocab_size {
             let have = m.vocab_size;
-            return Err(Error::config(format!("the tokenizer has {vocab_size} ids, model.vocab_size is only {have}")));
+            let what = if self.task == Task::Mqar { "the recall task (mqar.vocab_size)" } else { "the tokenizer" };
+            return Err(Error::config(format!(
+                "{what} has {vocab_size} ids, model.vocab_size is only {have}: make it as large"
+            )));
         }
         m.padded_vocab_size = Some(m.vocab_rows());
         fill_width(&mut m.decoder);
