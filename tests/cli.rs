@@ -175,6 +175,13 @@ fn tokenize_writes_shards_and_a_tokenizer() {
     assert_eq!(v["vocab_size"], 280);
     assert!(Path::new(&path("tokens/tokenizer.json")).exists());
     fails(&["tokenize", &path("a.txt"), "--out", &path("tokens")], 2, &["tokens"]);
+    // shards bring their tokenizer: training on them needs no flag
+    let (data, run) = (path("tokens"), path("run"));
+    let small = ["--set", "model.decoder.dim=24", "--set", "model.decoder.n_layer=1", "--set", "model.vocab_size=280"];
+    let how = ["--steps", "1", "--batch-size", "2", "--seq-len", "16", "--set", "final_eval_windows=1"];
+    let out = felid(&[&["train", "--data", &data, "--out", &run][..], &how, &small].concat());
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert!(Path::new(&path("run/tokenizer.json")).exists());
     std::fs::write(path("empty.txt"), "").unwrap();
     fails(&["tokenize", &path("empty.txt"), "--out", &path("none")], 1, &["empty"]);
 }
