@@ -22,7 +22,10 @@ pub(crate) fn copy_strided(
     let view = View::new("copy", shape, strides)?;
     let (width, stride) = view.innermost();
     let pack = 16 / size;
-    let packed = stride == 1 && from % 16 == 0 && width % pack == 0 && view.outer_strides().all(|s| s % pack == 0);
+    let packed = stride == 1
+        && from.is_multiple_of(16)
+        && width.is_multiple_of(pack)
+        && view.outer_strides().all(|s| s.is_multiple_of(pack));
     let (symbol, items) = if packed { (copy::copy_packed, n / pack) } else { (copy::copy_strided, n) };
     // SAFETY: the parameters are (to, from, view, n); the view's elements lie inside its tensor's storage, `to` holds n.
     unsafe {

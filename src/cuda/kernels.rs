@@ -33,4 +33,14 @@ macro_rules! kernels {
 kernels! {
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
     copy: ["float" "bf16" "f16" "i64"] [] => copy_strided, copy_packed;
+    adamw: ["float" "bf16" "f16"] [] => adamw_squares, adamw_norm, adamw_update;
+    cross_entropy: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => cross_entropy, cross_entropy_backward,
+        cross_entropy_in_place, cross_entropy_mean;
+    linear_cross_entropy: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => linear_cross_entropy_scale,
+        linear_cross_entropy_rows;
+    rms_norm: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => rms_norm_1, rms_norm_2, rms_norm_4, rms_norm_8,
+        rms_norm_long, rms_norm_backward_short, rms_norm_backward_1, rms_norm_backward_2, rms_norm_backward_long,
+        rms_norm_weight;
+    rope: ["float" "bf16" "f16"] [] => rope_packed, rope_single;
+    swiglu: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => swiglu, swiglu_backward;
 }
