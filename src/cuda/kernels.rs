@@ -4,7 +4,10 @@
 use super::module::{Source, Symbol};
 
 /// What sources may include, by name.
-pub(super) const HEADERS: &[(&str, &str)] = &[("common.cuh", include_str!("../../kernels/common.cuh"))];
+pub(super) const HEADERS: &[(&str, &str)] = &[
+    ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("rows.cuh", include_str!("../../kernels/rows.cuh")),
+];
 
 /// `file: [element types] [other defines, one a variant] => entry points`. For each file a module of that name, with a
 /// [`Symbol`] for each entry point.
@@ -32,5 +35,11 @@ macro_rules! kernels {
 
 kernels! {
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
-    copy: ["float" "bf16" "f16" "i64"] [] => copy_strided, copy_packed;
+    copy: ["float" "bf16" "f16" "i64"] [] => copy_strided, copy_packed, copy_transposed;
+    elementwise: ["float" "bf16" "f16"] [] => binary, binary_packed, unary, unary_packed, add_to_same, add_to_float,
+        add_to_same_packed, add_to_float_packed;
+    max: ["float" "bf16" "f16"] [] => max_forward, max_backward;
+    reduce: ["float" "bf16" "f16"] [] => sum_rows, sum_rows_partial, sum_rows_finish, sum_columns, sum_columns_partial,
+        sum_columns_finish;
+    softmax: ["float" "bf16" "f16"] [] => softmax_forward, softmax_backward;
 }

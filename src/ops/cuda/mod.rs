@@ -18,6 +18,7 @@ pub mod max;
 pub mod reduce;
 pub mod rms_norm;
 pub mod rope;
+mod rows;
 pub mod sample;
 pub mod softmax;
 pub mod swiglu;
