@@ -69,6 +69,37 @@ DEVICE Team team(int lanes) {
 DEVICE float team_sum(const Team &t, float x, float *shared) { return t.lanes == 32 ? warp_sum(x) : block_sum(x, shared); }
 DEVICE float team_max(const Team &t, float x, float *shared) { return t.lanes == 32 ? warp_max(x) : block_max(x, shared); }
 
+// ---- the largest element and its place: of equals the first; NaN counts as larger than any number ----
+
+struct Largest {
+  float x;
+  i64 at;
+};
+#define NOTHING (Largest{-infinity(), 0x7fffffffffffffffll})
+DEVICE Largest larger(const Largest &a, const Largest &b) {
+  const bool a_nan = a.x != a.x, b_nan = b.x != b.x;
+  if (a_nan != b_nan) return a_nan ? a : b;
+  if (!a_nan && a.x != b.x) return a.x > b.x ? a : b;
+  return a.at <= b.at ? a : b;
+}
+DEVICE Largest warp_largest(Largest a) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1)
+    a = larger(a, {__shfl_xor_sync(0xffffffffu, a.x, o), __shfl_xor_sync(0xffffffffu, a.at, o)});
+  return a;
+}
+// For every thread of the team. `shared` holds 32.
+DEVICE Largest team_largest(const Team &t, Largest a, Largest *shared) {
+  a = warp_largest(a);
+  if (t.lanes == 32) return a;
+  const int lane = threadIdx.x & 31, warps = blockDim.x >> 5;
+  if (lane == 0) shared[threadIdx.x >> 5] = a;
+  __syncthreads();
+  a = warp_largest(lane < warps ? shared[lane] : NOTHING);
+  __syncthreads();
+  return a;
+}
+
 // ---- quotients ----
 
 struct Quotient { i64 q, r; };

@@ -1,6 +1,6 @@
-//! What launchers over rows share: dtypes that have arithmetic, and how rows are given to threads.
+//! What launchers over rows and slices share: dtypes that have arithmetic, how rows are given to threads, where slices lie.
 
-use crate::cuda::{Grid, Variant};
+use crate::cuda::{Grid, Packs, Variant, View};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -30,5 +30,37 @@ impl Teams {
             0..=2048 => Self { lanes: 32, grid: Grid::new(rows.div_ceil(THREADS / 32), THREADS) },
             _ => Self { lanes: THREADS, grid: Grid::new(rows, THREADS) },
         }
+    }
+}
+
+/// A tensor as slices along one dimension: element `[o, j, k]` lies at `lead(o) + j * stride + inner(k)`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slices {
+    /// The dimensions before, of `leads` elements.
+    pub lead: View,
+    pub leads: usize,
+    pub stride: usize,
+    /// The dimensions behind, of `width` elements.
+    pub inner: View,
+    pub width: usize,
+    /// Elements in 16 bytes.
+    pub pack: usize,
+    /// True where every slice can be taken 16 bytes at a time.
+    pub packed: bool,
+}
+
+impl Slices {
+    pub fn new(op: &'static str, x: &Tensor, dim: usize) -> Result<Self> {
+        let (shape, strides) = (x.shape(), x.layout().strides());
+        let lead = View::new(op, &shape[..dim], &strides[..dim])?;
+        let inner = View::new(op, &shape[dim + 1..], &strides[dim + 1..])?;
+        let width = shape[dim + 1..].iter().product();
+        let stride = if shape[dim] == 1 { 0 } else { strides[dim] };
+        let (size, pack) = (x.dtype().size(), 16 / x.dtype().size());
+        let packed = width % pack == 0
+            && stride % pack == 0
+            && lead.dims().all(|(_, s)| s % pack == 0)
+            && inner.packs(x.pointer()?, size) == Packs::Dense;
+        Ok(Self { lead, leads: shape[..dim].iter().product(), stride, inner, width, pack, packed })
     }
 }
