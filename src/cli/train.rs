@@ -7,13 +7,13 @@ use felid::eval::Quality;
 use felid::generate::{GenerateOptions, Generator};
 use felid::model::formats::write_atomically;
 use felid::ops::Sampling;
-use felid::tensor::{DType, Tensor};
+use felid::tensor::{DType, Device, Tensor};
 use felid::train::{StepReport, Task, TrainConfig, Trainer};
 use felid::{Error, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use std::fs::File;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
@@ -141,11 +141,11 @@ impl Train {
         Ok(t)
     }
 
-    fn open(&self) -> Result<Trainer> {
+    fn open(&self, device: Device) -> Result<Trainer> {
         let (given, source) = (self.given()?, self.config.clone().unwrap_or_else(|| "flags".into()));
         if self.resume {
             let out = TrainConfig::from_table(given.clone(), &source, "nano")?.out;
-            return Trainer::resume(&out, |saved| {
+            return Trainer::resume_on(&out, device, |saved| {
                 let mut changed = saved.with(given, &source)?;
                 changed.out = out.clone();
                 Ok(changed)
@@ -160,18 +160,22 @@ impl Train {
                 "{out} holds a run already ({file}): add --resume or --overwrite, or choose another --out"
             )));
         }
-        Trainer::new(config)
+        Trainer::on(config, device)
     }
 
     pub fn run(self) -> Result<()> {
-        self.compute.set()?;
-        let mut trainer = self.open()?;
+        let device = self.compute.set()?;
+        let mut trainer = self.open(device)?;
         let (steps, model) = (trainer.config.steps, trainer.model.config());
         print::note(&format!(
-            "{:?}, {} parameters, {} threads; {} x {} tokens a micro-batch, chunk sizes {:?}; step {} of {steps}; writing {}",
+            "{:?}, {} parameters in {}, {}; {} x {} tokens a micro-batch, chunk sizes {:?}; step {} of {steps}; writing {}",
             model.model_type,
             trainer.model.numel(),
-            rayon::current_num_threads(),
+            trainer.config.dtype,
+            match device {
+                Device::Cpu => format!("{} threads", rayon::current_num_threads()),
+                other => other.to_string(),
+            },
             trainer.config.batch_size,
             trainer.config.seq_len,
             trainer.config.round(model).into_iter().flatten().collect::<Vec<_>>(),
@@ -290,7 +294,11 @@ impl Log {
             move |source| Error::Io { action, path, source }
         };
         std::fs::create_dir_all(dir).map_err(io("create the folder of"))?;
-        let old = if steps_done > 0 { std::fs::read(&path).unwrap_or_default() } else { Vec::new() };
+        let old = match std::fs::read(&path) {
+            Ok(old) if steps_done > 0 => old,
+            Err(e) if steps_done > 0 && e.kind() != ErrorKind::NotFound => return Err(io("read")(e)),
+            _ => Vec::new(),
+        };
         let old = String::from_utf8_lossy(&old);
         let step_of = |line: &str| {
             let v: serde_json::Value = serde_json::from_str(line).ok()?;
@@ -305,7 +313,8 @@ impl Log {
     }
     fn write(&mut self, value: &serde_json::Value) -> Result<()> {
         let path = self.path.clone();
-        writeln!(self.file, "{value}").map_err(|source| Error::Io { action: "write", path, source })
+        // one write, so that an end at any time leaves whole lines
+        self.file.write_all(format!("{value}\n").as_bytes()).map_err(|source| Error::Io { action: "write", path, source })
     }
     fn quality(&mut self, step: u64, found: &[(Option<usize>, Quality)]) -> Result<()> {
         for (chunk_size, quality) in found {

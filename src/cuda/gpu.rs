@@ -123,15 +123,6 @@ impl Gpu {
     pub fn synchronize(&self) -> Result<()> {
         check(self.ordinal, "finish the work submitted before", self.stream.synchronize())
     }
-    /// Run `f` and return how long the device took for what it submitted, in milliseconds, with f's result.
-    pub fn timed<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(R, f64)> {
-        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
-        let start = check(self.ordinal, "record an event", self.stream.record_event(flags))?;
-        let r = f()?;
-        let end = check(self.ordinal, "record an event", self.stream.record_event(flags))?;
-        let ms = check(self.ordinal, "time the work submitted before", start.elapsed_ms(&end))?;
-        Ok((r, f64::from(ms)))
-    }
     /// Make the context current on this thread, as raw driver calls need it.
     pub(super) fn bind(&self) -> Result<()> {
         check(self.ordinal, "use the device on this thread", self.context.bind_to_thread())
@@ -154,5 +145,38 @@ impl Gpu {
         let answer = unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) };
         check(self.ordinal, "copy from the device", answer)?;
         self.synchronize()
+    }
+}
+
+/// Times work on a device by its own clock, without waiting in between.
+pub struct Stopwatch {
+    gpu: &'static Gpu,
+    marks: Vec<cudarc::driver::CudaEvent>,
+}
+
+impl Gpu {
+    /// Start timing.
+    pub fn stopwatch(&'static self) -> Result<Stopwatch> {
+        let mut watch = Stopwatch { gpu: self, marks: Vec::new() };
+        watch.lap()?;
+        Ok(watch)
+    }
+}
+
+impl Stopwatch {
+    /// What was submitted since the last call is one lap.
+    pub fn lap(&mut self) -> Result<()> {
+        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        self.marks.push(check(self.gpu.ordinal, "record an event", self.gpu.stream.record_event(flags))?);
+        Ok(())
+    }
+    /// Wait for the device, and return the time of each lap in seconds.
+    pub fn seconds(self) -> Result<Vec<f64>> {
+        self.gpu.synchronize()?;
+        let lap = |w: &[cudarc::driver::CudaEvent]| {
+            let ms = check(self.gpu.ordinal, "time the work submitted before", w[0].elapsed_ms(&w[1]))?;
+            Ok(f64::from(ms) / 1e3)
+        };
+        self.marks.windows(2).map(lap).collect()
     }
 }

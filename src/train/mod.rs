@@ -6,7 +6,8 @@ mod optimizer;
 mod state;
 mod trainer;
 
+pub(crate) use config::MAX_BATCH;
 pub use config::{MqarConfig, Task, TrainConfig};
 pub use optimizer::Optimizer;
-pub(crate) use trainer::micro_step;
 pub use trainer::{Source, StepReport, Trainer};
+pub(crate) use trainer::{micro_step, prepare};
