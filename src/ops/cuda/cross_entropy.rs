@@ -1,7 +1,7 @@
 //! Cross-entropy on CUDA.
 
 use super::cast::cast;
-use super::rows::{pack, variant};
+use super::packs::{pack, variant};
 use crate::Result;
 use crate::cuda::{Arg, Grid, Variant, kernels::cross_entropy as kernel};
 use crate::ops::cross_entropy::Counted;

@@ -11,7 +11,7 @@
 use super::cast::cast;
 use super::cross_entropy::{in_place, mean};
 use super::matmul::gemm;
-use super::rows::{pack, variant};
+use super::packs::{pack, variant};
 use crate::Result;
 use crate::cuda::{Arg, Grid, kernels::linear_cross_entropy as kernel};
 use crate::ops::cross_entropy::{Counted, Joint};

@@ -1,6 +1,6 @@
 //! RMSNorm on CUDA.
 
-use super::rows::{pack, variant};
+use super::packs::{pack, variant};
 use crate::Result;
 use crate::cuda::{Arg, Grid, Variant, kernels::rms_norm as kernel};
 use crate::ops::cpu::rms_norm::Normed;

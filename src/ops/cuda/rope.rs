@@ -1,6 +1,6 @@
 //! Rotary position embedding on CUDA, in the order in which x lies in memory.
 
-use super::rows::{in_packs, pack};
+use super::packs::{in_packs, pack};
 use crate::Result;
 use crate::cuda::{Grid, kernels::rope as kernel};
 use crate::ops::rope::RopeTable;

@@ -1,6 +1,6 @@
 //! SwiGLU's gate on CUDA.
 
-use super::rows::{pack, variant};
+use super::packs::{pack, variant};
 use crate::Result;
 use crate::cuda::{Grid, kernels::swiglu as kernel};
 use crate::tensor::Tensor;
