@@ -2,86 +2,23 @@
 //! memory is counted and given back, running out is an error. Skipped, with a word, where there is no device.
 #![cfg(feature = "cuda")]
 
+#[path = "common/agree.rs"]
+mod agree;
 mod common;
 #[path = "common/devices.rs"]
 mod devices;
 
+use agree::{FLOATS, agrees, one, wave};
 use common::{KINDS, model};
-use felid::autograd::{Gradients, Var};
+use felid::Error;
+use felid::autograd::Var;
 use felid::cuda::gpu;
 use felid::eval::parity::{evaluate, parity, relative_l2};
 use felid::generate::{GenerateOptions, generate};
 use felid::ops;
 use felid::tensor::{DType, Device, Tensor};
 use felid::train::{TrainConfig, Trainer};
-use felid::{Error, Result};
 use std::path::Path;
-
-const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
-
-fn wave(shape: &[usize], seed: u64) -> Tensor {
-    let n: usize = shape.iter().product();
-    let at = |i: usize| {
-        let h = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed.wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        ((h ^ (h >> 29)).wrapping_mul(0x94d0_49bb_1331_11eb) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-    };
-    Tensor::from_vec((0..n).map(at).collect::<Vec<f64>>(), shape).unwrap()
-}
-
-/// Outputs and gradients of an op; output i is seeded with a wave.
-fn run(inputs: &[Tensor], op: &dyn Fn(&[Var]) -> Result<Vec<Var>>) -> Result<Vec<Tensor>> {
-    let vars: Vec<Var> = inputs.iter().map(|t| Var::parameter(t.clone())).collect();
-    let (tape, mut grads) = (ops::tape(), Gradients::default());
-    let ys = tape.record(|| op(&vars))?;
-    let seeds: Vec<_> = ys
-        .iter()
-        .enumerate()
-        .map(|(i, y)| {
-            // 16-bit values in every dtype, so that all see the same
-            let seed = ops::cast_tensor(&ops::cast_tensor(&wave(y.shape(), 77 + i as u64), DType::BF16)?, y.dtype())?;
-            Ok((y, seed.to_device(y.value().device())?))
-        })
-        .collect::<Result<_>>()?;
-    tape.backward_from(&seeds, &mut grads)?;
-    let grads = vars.iter().filter_map(|v| grads.take(v));
-    Ok(ys.iter().map(|y| y.value().clone()).collect::<Vec<_>>().into_iter().chain(grads).collect())
-}
-
-/// An op on CUDA against the CPU in f64, in every dtype. The bound: twice what the CPU errs in that dtype on the same
-/// inputs (for f32 with the same number of roundings in another order), or two roundings of the result where that is
-/// luckier.
-fn agrees(name: &str, shapes: &[&[usize]], op: impl Fn(&[Var]) -> Result<Vec<Var>>) {
-    let Some(cuda) = devices::cuda() else { return };
-    for dtype in FLOATS {
-        let inputs: Vec<Tensor> =
-            shapes.iter().enumerate().map(|(i, s)| ops::cast_tensor(&wave(s, i as u64), dtype).unwrap()).collect();
-        let exact: Vec<Tensor> = inputs.iter().map(|t| ops::cast_tensor(t, DType::F64).unwrap()).collect();
-        let there: Vec<Tensor> = inputs.iter().map(|t| t.to_device(cuda).unwrap()).collect();
-        let (want, here) = (run(&exact, &op).unwrap(), run(&inputs, &op).unwrap());
-        let got = run(&there, &op).unwrap_or_else(|e| panic!("{name} {dtype}: {e}"));
-        let again = run(&there, &op).unwrap();
-        let unit = match dtype {
-            DType::F32 => 2f64.powi(-24),
-            DType::BF16 => 2f64.powi(-9),
-            _ => 2f64.powi(-12),
-        };
-        let mut worst = 0f64;
-        assert_eq!(got.len(), want.len());
-        for (i, ((got, here), want)) in got.iter().zip(&here).zip(&want).enumerate() {
-            assert_eq!((got.shape(), got.dtype()), (here.shape(), here.dtype()), "{name} {dtype} {i}");
-            assert_eq!(got.to_le_bytes().unwrap(), again[i].to_le_bytes().unwrap(), "{name} {dtype} {i}: not deterministic");
-            let (err, naive) = (relative_l2(got, want).unwrap(), relative_l2(here, want).unwrap());
-            let bound = 2.0 * naive.max(unit);
-            assert!(err <= bound, "{name} {dtype} result {i}: {err:.2e} over {bound:.2e}");
-            worst = worst.max(err / bound);
-        }
-        devices::report("large", name, dtype, want.len(), worst);
-    }
-}
-
-fn one(y: Result<Var>) -> Result<Vec<Var>> {
-    Ok(vec![y?])
-}
 
 #[test]
 fn every_symbol_loads() {
@@ -104,21 +41,6 @@ fn products_agree() {
     agrees("matmul of permuted batches", &[&[65, 7, 32], &[32, 66, 7]], |v| {
         one(ops::matmul(&ops::transpose(&v[0], 0, 1)?, &ops::permute(&v[1], &[2, 0, 1])?))
     });
-}
-
-#[test]
-fn native_products_agree() {
-    if devices::cuda().is_none() {
-        return;
-    }
-    felid::cuda::set_gemm(felid::cuda::Gemm::Native);
-    let linear = |v: &[Var]| one(ops::linear(&v[0], &v[1], None));
-    agrees("native linear", &[&[300, 517], &[260, 517]], linear);
-    agrees("native linear aligned", &[&[2, 256, 512], &[384, 512]], linear);
-    agrees("native linear of one row", &[&[1, 1000], &[600, 1000]], linear);
-    agrees("native linear, long sums", &[&[5000, 24], &[40, 24]], linear);
-    agrees("native matmul batched", &[&[3, 4, 65, 33], &[3, 4, 33, 130]], |v| one(ops::matmul(&v[0], &v[1])));
-    felid::cuda::set_gemm(felid::cuda::Gemm::Auto);
 }
 
 #[test]
