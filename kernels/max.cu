@@ -7,7 +7,7 @@
 // forward writes all of y and at. at is saved.
 #include "rows.cuh"
 
-KERNEL max_forward(T *__restrict__ y, i64 *__restrict__ at, const T *__restrict__ x, View view, i64 rows, i64 n, int lanes) {
+KERNEL TEAMS max_forward(T *__restrict__ y, i64 *__restrict__ at, const T *__restrict__ x, View view, i64 rows, i64 n, int lanes) {
   __shared__ Largest shared[32];
   const Team t = team(lanes);
   if (t.row >= rows) return;

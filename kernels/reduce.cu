@@ -40,13 +40,13 @@ DEVICE void rows(O *__restrict__ y, const I *__restrict__ x, const View &kept, c
   if (t.lane == 0) y[t.row] = from_f32<O>(all);
 }
 
-KERNEL sum_rows(T *y, const T *x, View kept, View summed, i64 m, i64 n, i64 run, i64 runs, int lanes, int packed) {
+KERNEL TEAMS sum_rows(T *y, const T *x, View kept, View summed, i64 m, i64 n, i64 run, i64 runs, int lanes, int packed) {
   rows(y, x, kept, summed, m, n, run, runs, lanes, packed);
 }
-KERNEL sum_rows_partial(float *y, const T *x, View kept, View summed, i64 m, i64 n, i64 run, i64 runs, int lanes, int packed) {
+KERNEL TEAMS sum_rows_partial(float *y, const T *x, View kept, View summed, i64 m, i64 n, i64 run, i64 runs, int lanes, int packed) {
   rows(y, x, kept, summed, m, n, run, runs, lanes, packed);
 }
-KERNEL sum_rows_finish(T *y, const float *x, View kept, View summed, i64 m, i64 n, i64 run, i64 runs, int lanes, int packed) {
+KERNEL TEAMS sum_rows_finish(T *y, const float *x, View kept, View summed, i64 m, i64 n, i64 run, i64 runs, int lanes, int packed) {
   rows(y, x, kept, summed, m, n, run, runs, lanes, packed);
 }
 

@@ -57,6 +57,8 @@ template <int N> DEVICE float sum_of(const float (&v)[N]) {
 
 // ---- teams: a warp, or a whole block, takes a row (`Teams` in ops/cuda/rows.rs) ----
 
+// Blocks have up to 1024 threads, so a kernel of teams may take 64 registers.
+#define TEAMS __launch_bounds__(1024, 1)
 struct Team {
   i64 row;      // past the last row in the last block's spare warps, which then leave
   int lane;

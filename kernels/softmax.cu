@@ -10,7 +10,7 @@
 
 constexpr int N = Pack<T>::N;
 
-KERNEL softmax_forward(T *__restrict__ y, float *__restrict__ lse, const T *__restrict__ x, View view, i64 rows, i64 w,
+KERNEL TEAMS softmax_forward(T *__restrict__ y, float *__restrict__ lse, const T *__restrict__ x, View view, i64 rows, i64 w,
                        int lanes, int packed, int packed_out, int log) {
   __shared__ float shared[32];
   const Team t = team(lanes);
@@ -48,7 +48,7 @@ KERNEL softmax_forward(T *__restrict__ y, float *__restrict__ lse, const T *__re
   }
 }
 
-KERNEL softmax_backward(T *__restrict__ dx, const T *__restrict__ x, const float *__restrict__ lse, const T *__restrict__ dy,
+KERNEL TEAMS softmax_backward(T *__restrict__ dx, const T *__restrict__ x, const float *__restrict__ lse, const T *__restrict__ dy,
                         View view, View dy_view, i64 rows, i64 w, int lanes, int packed, int packed_dy, int packed_out,
                         int log) {
   __shared__ float shared[32];

@@ -205,4 +205,18 @@ mod tests {
         assert!(View::new("test", &[2; 9], &[1; 9]).is_err());
         assert_eq!(size_of::<View>(), 136);
     }
+
+    #[test]
+    fn packs_are_whole_and_aligned() {
+        let packs = |shape: &[usize], strides: &[usize], at| View::new("test", shape, strides).unwrap().packs(at, 2);
+        assert_eq!(packs(&[3, 16], &[16, 1], 512), Packs::Dense);
+        assert_eq!(packs(&[3, 7], &[7, 1], 512), Packs::Dense);
+        assert_eq!(packs(&[3, 16], &[24, 1], 512), Packs::Dense);
+        assert_eq!(packs(&[3, 16], &[24, 1], 514), Packs::None);
+        assert_eq!(packs(&[3, 16], &[20, 1], 512), Packs::None);
+        assert_eq!(packs(&[3, 15], &[16, 1], 512), Packs::None);
+        assert_eq!(packs(&[3, 16], &[1, 0], 514), Packs::Repeated);
+        assert_eq!(packs(&[3, 15], &[1, 0], 512), Packs::None);
+        assert_eq!(packs(&[16, 3], &[1, 16], 512), Packs::None);
+    }
 }

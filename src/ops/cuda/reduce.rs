@@ -61,13 +61,13 @@ pub(crate) fn sum(x: &Tensor, dims: &[usize]) -> Result<Tensor> {
 fn rows(y: &mut Tensor, x: &Tensor, kept: &[(usize, usize)], summed: &[(usize, usize)]) -> Result<()> {
     let (m, n) = (count(kept), count(summed));
     let pack = 16 / x.dtype().size();
-    // a run is a multiple of what a block takes at a time, at most 256 threads of 8 elements
+    // enough runs for every block, each a multiple of what 256 threads take at a time
     let run = if n <= 16_384 || m >= BLOCKS { n } else { n.div_ceil(BLOCKS).next_multiple_of(2048).max(16_384) };
     let runs = n.div_ceil(run);
     let (kept_view, summed_view) = (view(kept)?, view(summed)?);
     let packed = aligned(kept, pack) && summed_view.packs(x.pointer()?, x.dtype().size()) == Packs::Dense;
     let launch = |symbol, y: Arg, x_arg: Arg, views: [View; 2], [n, run, runs]: [usize; 3], packed: bool| {
-        let teams = Teams::new(m * runs, n);
+        let teams = Teams::new(m * runs, run);
         let sizes = [m.into(), n.into(), run.into(), runs.into(), teams.lanes.into(), packed.into()];
         let args: Vec<Arg> = [y, x_arg, views[0].into(), views[1].into()].into_iter().chain(sizes).collect();
         // SAFETY: the parameters are (y, x, kept view, summed view, m, n, run, runs, lanes, packed); the views lie inside

@@ -12,7 +12,7 @@ pub(crate) fn float_variant(op: &'static str, x: &Tensor) -> Result<Variant> {
     x.variant()
 }
 
-/// Threads of a block.
+/// Threads of a block, save for the longest rows.
 const THREADS: usize = 256;
 
 /// How rows are shared out: a warp takes a row, or a whole block (`Team` in kernels/rows.cuh).
@@ -28,7 +28,8 @@ impl Teams {
     pub fn new(rows: usize, width: usize) -> Self {
         match width {
             0..=2048 => Self { lanes: 32, grid: Grid::new(rows.div_ceil(THREADS / 32), THREADS) },
-            _ => Self { lanes: THREADS, grid: Grid::new(rows, THREADS) },
+            2049..=16_384 => Self { lanes: THREADS, grid: Grid::new(rows, THREADS) },
+            _ => Self { lanes: 1024, grid: Grid::new(rows, 1024) },
         }
     }
 }
