@@ -10,7 +10,6 @@ mod devices;
 
 use agree::{FLOATS, agrees, one, wave};
 use common::{KINDS, model};
-use felid::Error;
 use felid::autograd::Var;
 use felid::cuda::gpu;
 use felid::eval::parity::{evaluate, parity, relative_l2};
@@ -18,6 +17,7 @@ use felid::generate::{GenerateOptions, generate};
 use felid::ops;
 use felid::tensor::{DType, Device, Tensor};
 use felid::train::{TrainConfig, Trainer};
+use felid::{Error, Result};
 use std::path::Path;
 
 #[test]
