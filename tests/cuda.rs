@@ -327,6 +327,26 @@ fn training_agrees_with_the_cpu_and_with_itself() {
     }
 }
 
+/// The preset that the CPU is measured with: its first 50 losses on real text.
+#[test]
+fn the_first_losses_of_cpu_small_agree() {
+    let Some(cuda) = devices::cuda() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let losses = |dtype: DType, device: Device| -> Vec<f64> {
+        let preset = TrainConfig::preset("cpu-small").unwrap();
+        let mut t = Trainer::on(TrainConfig { dtype, out: dir.path().into(), ..preset }, device).unwrap();
+        (0..50).map(|_| t.step().unwrap().loss).collect()
+    };
+    let (here, there) = (losses(DType::F32, Device::Cpu), losses(DType::F32, cuda));
+    let apart = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs() / a).fold(0.0, f64::max);
+    let (f32_apart, bf16_apart) = (apart(&here, &there), apart(&here, &losses(DType::BF16, cuda)));
+    println!("first 50 losses of cpu-small: f32 {f32_apart:.1e} apart, bf16 {bf16_apart:.1e}");
+    assert!(f32_apart <= 1e-4, "{here:?} {there:?}");
+    assert!(bf16_apart <= 10.0 * 2f64.powi(-9), "{bf16_apart}");
+    devices::report("training", "cpu-small, 50 losses", DType::F32, 50, f32_apart / 1e-4);
+    devices::report("training", "cpu-small, 50 losses", DType::BF16, 50, bf16_apart / (10.0 * 2f64.powi(-9)));
+}
+
 #[test]
 fn checkpoints_move_between_devices() {
     let Some(cuda) = devices::cuda() else { return };
@@ -380,6 +400,29 @@ fn running_out_is_an_error_and_leaves_the_process_usable() {
     assert!(text.contains("GiB") && text.contains("holds") && !text.contains('\n'), "{text}");
     assert_eq!(ops::sum_all(&held.into()).unwrap().value().item().unwrap(), 0.0);
     assert!(Tensor::zeros(&[4], DType::F64, cuda).is_err());
+}
+
+/// Tensors of more than 2^31 elements.
+#[test]
+fn indices_pass_32_bits() {
+    let Some(cuda) = devices::cuda() else { return };
+    let (rows, d) = ((1usize << 20) + 3, 2056);
+    let ones = || Tensor::full(1.0, &[rows, d], DType::BF16, cuda).unwrap();
+    let last = |t: &Var| t.value().narrow(0, rows - 1, 1).unwrap().to_f64_vec().unwrap();
+    let check = |what: &str, t: felid::Result<Var>, want: f64| {
+        let t = t.unwrap();
+        assert!(last(&t).iter().all(|&x| (x - want).abs() <= 0.01 * want), "{what}: {:?}", &last(&t)[..4]);
+    };
+    let x: Var = ones().copy().unwrap().into();
+    check("copy", Ok(x.clone()), 1.0);
+    check("scale", ops::scale(&x, 3.0), 3.0);
+    let weight: Var = Tensor::full(2.0, &[d], DType::BF16, cuda).unwrap().copy().unwrap().into();
+    check("rms_norm", ops::rms_norm(&x, &weight, 1e-5), 2.0);
+    check("swiglu", ops::swiglu(&x, &x), 0.7311);
+    check("cast", ops::cast(&x, DType::F16), 1.0);
+    check("index_select", ops::index_select(&x, 0, &(0..rows).collect::<Vec<_>>()), 1.0);
+    let sum = ops::sum(&x, &[1]).unwrap();
+    assert_eq!(sum.value().narrow(0, rows - 1, 1).unwrap().item().unwrap(), d as f64);
 }
 
 #[test]
