@@ -106,7 +106,12 @@ pub(crate) enum Packs {
 pub(crate) enum Arg {
     Word(u64),
     View(View),
+    /// A structure by value, as far as it reaches.
+    Words([u64; WORDS]),
 }
+
+/// What the largest structure takes, in words of 64 bits.
+pub(crate) const WORDS: usize = 18;
 
 impl From<usize> for Arg {
     fn from(x: usize) -> Self {
@@ -131,6 +136,14 @@ impl From<bool> for Arg {
 impl From<f32> for Arg {
     fn from(x: f32) -> Self {
         Self::Word(x.to_bits().into())
+    }
+}
+impl<const N: usize> From<[u64; N]> for Arg {
+    fn from(x: [u64; N]) -> Self {
+        const { assert!(N <= WORDS) };
+        let mut words = [0; WORDS];
+        words[..N].copy_from_slice(&x);
+        Self::Words(words)
     }
 }
 impl From<View> for Arg {
@@ -165,6 +178,7 @@ impl Gpu {
             .map(|a| match a {
                 Arg::Word(w) => (w as *const u64).cast_mut().cast(),
                 Arg::View(v) => (v as *const View).cast_mut().cast(),
+                Arg::Words(w) => w.as_ptr().cast_mut().cast(),
             })
             .collect();
         let three = |n: [usize; 3]| (n[0] as u32, n[1] as u32, n[2] as u32);
