@@ -132,7 +132,7 @@ DEVICE void forward_rows(const T *k, const T *v, T *y, float *lse, const Attenti
              [&](int r) { return t.first + r < t.end ? out_at(a, p, t.first + r, a.lq, p.head, a.heads) : -1; });
 }
 
-KERNEL __launch_bounds__(THREADS) attention_forward(const T *q, const T *k, const T *v, T *y, float *lse, Attention a) {
+KERNEL __launch_bounds__(THREADS, BLOCKS) attention_forward(const T *q, const T *k, const T *v, T *y, float *lse, Attention a) {
   extern __shared__ __align__(16) u8 memory[];
   const Place p = place_of(a, blockIdx.x, (int)a.row_tiles, (int)a.heads);
   const Tile t = tile_of(a, p.tile, ROWS);

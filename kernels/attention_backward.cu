@@ -126,7 +126,7 @@ DEVICE void row_stats(const T *y, const T *own_dy, const float *lse, float *delt
   }
 }
 
-KERNEL __launch_bounds__(THREADS)
+KERNEL __launch_bounds__(THREADS, BLOCKS)
 attention_backward_rows(const T *q, const T *k, const T *v, const T *y, const T *dy, const float *lse, float *delta,
                         T *dq, T *dk, T *dv, Attention a) {
   extern __shared__ __align__(16) u8 memory[];
@@ -221,7 +221,7 @@ attention_backward_rows(const T *q, const T *k, const T *v, const T *y, const T 
   }
 }
 
-KERNEL __launch_bounds__(THREADS)
+KERNEL __launch_bounds__(THREADS, BLOCKS)
 attention_backward_keys(const T *q, const T *k, const T *v, const T *dy, const float *lse, const float *delta, T *dk,
                         T *dv, float *partial, Attention a, int local) {
   extern __shared__ __align__(16) u8 memory[];

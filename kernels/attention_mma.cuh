@@ -12,7 +12,11 @@
 #define MT_ (D <= 64 ? 2 : 1)
 #endif
 constexpr int WARPS = WARPS_, THREADS = 32 * WARPS;
-constexpr int MT = MT_; // 16-row pieces of a warp
+constexpr int MT = MT_;                  // 16-row pieces of a warp
+#ifndef BLOCKS_
+#define BLOCKS_ 2
+#endif
+constexpr int BLOCKS = D <= 128 ? BLOCKS_ : 1; // blocks that share a multiprocessor, at least
 constexpr int ROWS = 16 * MT * WARPS;      // rows of an own tile
 constexpr int KEYS = D <= 128 ? 64 : 32;   // rows of a streamed tile
 constexpr int STAGES = 2;                  // streamed tiles under way
