@@ -91,6 +91,32 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A shared library that is not there.
+    #[error("{name} is missing: {fix}; tried {tried}")]
+    Library {
+        /// Its name.
+        name: &'static str,
+        /// Files and folders that were tried.
+        tried: String,
+        /// What to do.
+        fix: &'static str,
+    },
+    /// A kernel that does not compile, load or launch.
+    #[error("kernel {kernel}: {detail}")]
+    Kernel {
+        /// The file or the entry point.
+        kernel: String,
+        /// What the compiler or the driver said.
+        detail: String,
+    },
+    /// No memory left on a device. Nothing was changed; the process can go on.
+    #[error("device {device}: out of memory: {detail}: use a smaller batch, shorter rows, or recompute")]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// The request, and what is held by what.
+        detail: String,
+    },
     /// A device that is not there, or a library that it needs.
     #[error("device {device}: {detail}")]
     Device {

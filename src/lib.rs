@@ -69,10 +69,13 @@
 
 pub mod autograd;
 pub mod bench;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod data;
 mod error;
 pub mod eval;
 pub mod generate;
+pub mod memory;
 pub mod model;
 pub mod ops;
 pub mod random;

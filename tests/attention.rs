@@ -1,8 +1,11 @@
 //! Attention under structured masks against a naive float64 reference that asks `Mask::allows` for every pair.
 
+#[path = "common/devices.rs"]
+mod devices;
+
 use felid::autograd::{GradCheck, Gradients, Var, check_gradients, no_grad};
 use felid::ops::{self, Mask, attention};
-use felid::tensor::{DType, Element, Float, Real, Tensor};
+use felid::tensor::{DType, Device, Element, Float, Real, Tensor};
 use half::{bf16, f16};
 use proptest::prelude::*;
 
@@ -66,8 +69,9 @@ impl<T: Float> Data<T> {
     }
 }
 
-/// `[y, dq, dk, dv]` as `[b, l, heads, d]`, term by term in `A`; y is rounded by `round`.
-fn naive<A: Real>(c: Case, x: &Data<A>, scale: f64, round: impl Fn(A) -> A) -> [Vec<A>; 4] {
+/// `[y, dq, dk, dv]` as `[b, l, heads, d]`, term by term in `A`; y is rounded by `round`, and what a naive implementation
+/// keeps in between (scores, probabilities, their gradients) by `between`.
+fn naive<A: Real>(c: Case, x: &Data<A>, scale: f64, round: impl Fn(A) -> A, between: impl Fn(A) -> A) -> [Vec<A>; 4] {
     let mut out = [&x.q, &x.q, &x.k, &x.k].map(|x| vec![A::ZERO; x.len()]);
     let [y, dq, dk, dv] = &mut out;
     let dot = |a: &[A], b: &[A]| a.iter().zip(b).map(|(a, b)| *a * *b).sum::<A>();
@@ -82,11 +86,12 @@ fn naive<A: Real>(c: Case, x: &Data<A>, scale: f64, round: impl Fn(A) -> A) -> [
                     .map(|j| ((b * c.lk + j) * c.hkv + h / c.group) * c.d)
                     .map(|at| at..at + c.d)
                     .collect();
-                let s: Vec<A> = keys.iter().map(|k| dot(&x.q[row.clone()], &x.k[k.clone()]) * A::of(scale)).collect();
+                let score = |k: &std::ops::Range<usize>| between(dot(&x.q[row.clone()], &x.k[k.clone()]) * A::of(scale));
+                let s: Vec<A> = keys.iter().map(score).collect();
                 let max = s.iter().copied().fold(A::NEG_INFINITY, A::maximum);
                 let e: Vec<A> = s.iter().map(|&s| (s - max).exp()).collect();
                 let sum = e.iter().copied().sum::<A>();
-                let p: Vec<A> = e.iter().map(|&e| e / sum).collect();
+                let p: Vec<A> = e.iter().map(|&e| between(e / sum)).collect();
                 for (p, k) in p.iter().zip(&keys) {
                     add(&mut y[row.clone()], *p, &x.v[k.clone()]);
                 }
@@ -95,7 +100,7 @@ fn naive<A: Real>(c: Case, x: &Data<A>, scale: f64, round: impl Fn(A) -> A) -> [
                 // backwards, else a single key would cancel to exactly 0 as no other order of sums does
                 let delta = dy.iter().zip(&y[row.clone()]).rev().map(|(a, b)| *a * *b).sum::<A>();
                 for (p, k) in p.iter().zip(&keys) {
-                    let ds = *p * (dot(dy, &x.v[k.clone()]) - delta) * A::of(scale);
+                    let ds = between(*p * (between(dot(dy, &x.v[k.clone()])) - delta) * A::of(scale));
                     add(&mut dv[k.clone()], *p, dy);
                     add(&mut dq[row.clone()], ds, &x.k[k.clone()]);
                     add(&mut dk[k.clone()], ds, &x.q[row.clone()]);
@@ -106,8 +111,9 @@ fn naive<A: Real>(c: Case, x: &Data<A>, scale: f64, round: impl Fn(A) -> A) -> [
     out
 }
 
-fn heads<T: Element>(x: &[T], b: usize, l: usize, h: usize, d: usize) -> Tensor {
-    Tensor::from_slice(x, &[b, l, h, d]).unwrap().permute(&[0, 2, 1, 3]).unwrap()
+fn heads<T: Element>(x: &[T], b: usize, l: usize, h: usize, d: usize, device: Device) -> Tensor {
+    let rows = Tensor::from_slice(x, &[b, l, h, d]).unwrap().to_device(device).unwrap();
+    rows.permute(&[0, 2, 1, 3]).unwrap()
 }
 
 fn back<T: Element>(x: &Tensor) -> Vec<T> {
@@ -125,8 +131,12 @@ fn run(inputs: [Tensor; 3], dy: &Tensor, mask: Mask, scale: f64) -> [Tensor; 4] 
 }
 
 fn tensors<T: Float>(c: Case, x: &Data<T>) -> ([Tensor; 3], Tensor) {
-    let kv = |x: &[T]| heads(x, c.b, c.lk, c.hkv, c.d);
-    ([heads(&x.q, c.b, c.lq, c.h(), c.d), kv(&x.k), kv(&x.v)], heads(&x.dy, c.b, c.lq, c.h(), c.d))
+    tensors_on(c, x, Device::Cpu)
+}
+fn tensors_on<T: Float>(c: Case, x: &Data<T>, device: Device) -> ([Tensor; 3], Tensor) {
+    let kv = |x: &[T]| heads(x, c.b, c.lk, c.hkv, c.d, device);
+    let q = |x: &[T]| heads(x, c.b, c.lq, c.h(), c.d, device);
+    ([q(&x.q), kv(&x.k), kv(&x.v)], q(&x.dy))
 }
 
 /// Largest difference to `want`.
@@ -147,19 +157,63 @@ fn error<T: Float>(got: &[T], want: &[f64]) -> f64 {
 /// and elements of up to 3. So 8 units in the last place of the largest element, or of 4.
 fn check<T: Float>(c: Case, seed: u64) {
     let x = Data::<T>::of(c, seed);
-    let (inputs, dy) = tensors(c, &x);
-    let want = naive::<f64>(c, &x.to(), c.scale(), |y| y);
+    let want = naive::<f64>(c, &x.to(), c.scale(), |y| y, |s| s);
     let (round, finer): (fn(f32) -> f32, f64) = match T::DTYPE {
         DType::F64 => (|y| y, f64::EPSILON / f32::EPSILON as f64),
         _ => (|y| T::from_acc(T::Acc::of(y as f64)).to_acc().f64() as f32, 1.0),
     };
-    let in_f32 = naive::<f32>(c, &x.to(), c.scale(), round).map(|x| x.into_iter().map(round).collect::<Vec<_>>());
-    for (i, got) in run(inputs, &dy, c.mask, c.scale()).iter().enumerate() {
-        let largest = want[i].iter().fold(4.0, |a: f64, b| a.max(b.abs()));
-        let bound = (4.0 * error(&in_f32[i], &want[i]) + 8.0 * f32::EPSILON as f64 * largest) * finer;
-        let err = error(&back::<T>(got), &want[i]);
-        assert!(err <= bound, "{} of {c:?} in {}: {err:.3e} > {bound:.3e}", ["y", "dq", "dk", "dv"][i], T::DTYPE);
+    let rounded = |x: Vec<f32>| x.into_iter().map(round).collect::<Vec<_>>();
+    // the worst share of its bound
+    let compare = |got: [Tensor; 4], naive: &[Vec<f32>; 4]| {
+        let shares = got.iter().enumerate().map(|(i, got)| {
+            let largest = want[i].iter().fold(4.0, |a: f64, b| a.max(b.abs()));
+            let bound = (4.0 * error(&naive[i], &want[i]) + 8.0 * f32::EPSILON as f64 * largest) * finer;
+            let (err, what, on) = (error(&back::<T>(got), &want[i]), ["y", "dq", "dk", "dv"][i], got.device());
+            assert!(err <= bound, "{what} of {c:?} in {} on {on}: {err:.3e} > {bound:.3e}", T::DTYPE);
+            err / bound
+        });
+        shares.fold(0.0, f64::max)
+    };
+    if devices::cpu() {
+        let (inputs, dy) = tensors(c, &x);
+        let in_f32 = naive::<f32>(c, &x.to(), c.scale(), round, |s| s).map(rounded);
+        compare(run(inputs, &dy, c.mask, c.scale()), &in_f32);
     }
+    if let Some(cuda) = devices::cuda().filter(|_| T::DTYPE != DType::F64) {
+        // tensor cores take probabilities and their gradients in T, as a naive implementation in T would
+        let (inputs, dy) = tensors_on(c, &x, cuda);
+        let in_t = naive::<f32>(c, &x.to(), c.scale(), round, round).map(rounded);
+        let got = run(inputs.clone(), &dy, c.mask, c.scale());
+        let bits = |t: &[Tensor; 4]| t.each_ref().map(|t| t.to_le_bytes().unwrap());
+        assert!(bits(&run(inputs, &dy, c.mask, c.scale())) == bits(&got), "{c:?} in {} is not deterministic", T::DTYPE);
+        for t in &got {
+            assert!(t.transpose(1, 2).unwrap().is_contiguous(), "heads must join without a copy");
+        }
+        devices::report("attention", "attention", T::DTYPE, 1, compare(got, &in_t));
+        // views into one fused projection, off any alignment, and rows with gaps
+        if c.lq == c.lk {
+            let (inputs, dy) = fused_views(c, &x, cuda);
+            devices::report("attention", "attention", T::DTYPE, 1, compare(run(inputs, &dy, c.mask, c.scale()), &in_t));
+        }
+    }
+}
+
+/// q, k and v as parts of one `[b, l, (h + 2 hkv) d + 1]` tensor that begins at element 1, and dy with gaps in its rows.
+fn fused_views<T: Float>(c: Case, x: &Data<T>, device: Device) -> ([Tensor; 3], Tensor) {
+    let ([q, k, v], dy) = tensors_on(c, x, device);
+    let flat = |t: &Tensor| {
+        let rows = t.permute(&[0, 2, 1, 3]).unwrap();
+        Var::constant(rows.reshape(&[c.b, c.lk, rows.shape()[2] * c.d]).unwrap())
+    };
+    let one = Var::constant(Tensor::zeros(&[c.b, c.lk, 1], T::DTYPE, device).unwrap());
+    let joined = ops::concat(&[&one, &flat(&q), &flat(&k), &flat(&v)], 2).unwrap();
+    let (h, kv) = (c.h() * c.d, c.hkv * c.d);
+    let part = |at: usize, n: usize| {
+        let t = joined.value().narrow(2, at, n).unwrap().reshape(&[c.b, c.lk, n / c.d, c.d]).unwrap();
+        t.permute(&[0, 2, 1, 3]).unwrap()
+    };
+    let gaps = dy.transpose(2, 3).unwrap().copy().unwrap().transpose(2, 3).unwrap();
+    ([part(1, h), part(1 + h, kv), part(1 + h + kv, kv)], gaps)
 }
 
 fn check_all(c: Case, seed: u64) {
@@ -267,6 +321,47 @@ fn long_sequences_agree_with_the_reference() {
     check_all(LONG[0], 7);
 }
 
+/// What kernels tile: strides around and above tile heights, head widths on and off the compiled ones, ragged tails, many
+/// small blocks (the compressor), long keys for few queries (decoding).
+#[test]
+fn long_sequences_agree_on_cuda() {
+    if devices::cuda().is_none() {
+        return;
+    }
+    let cat = |stride, l, d| square(Mask::Cat { stride }, 1, 2, 1, l, d);
+    let cases = [
+        cat(5, 1027, 64),
+        cat(9, 700, 64),
+        cat(17, 1100, 64),
+        cat(33, 901, 64),
+        cat(17, 600, 128),
+        cat(17, 300, 256),
+        cat(65, 515, 96),
+        cat(127, 520, 64),
+        cat(128, 520, 64),
+        cat(129, 520, 64),
+        cat(300, 1000, 32),
+        cat(1, 260, 64),
+        cat(3, 333, 80),
+        square(Mask::Cat { stride: 17 }, 2, 2, 3, 200, 64),
+        square(Mask::Causal, 1, 2, 2, 1025, 64),
+        square(Mask::Causal, 1, 1, 1, 513, 128),
+        square(Mask::Bidirectional, 300, 4, 1, 6, 64),
+        square(Mask::Bidirectional, 130, 2, 1, 18, 32),
+        square(Mask::Bidirectional, 40, 3, 1, 34, 64),
+        square(Mask::Bidirectional, 1, 2, 1, 300, 64),
+        Case { mask: Mask::Bidirectional, b: 2, hkv: 2, group: 2, lq: 70, lk: 333, d: 64 },
+        Case { mask: Mask::Causal, b: 3, hkv: 2, group: 4, lq: 1, lk: 1500, d: 64 },
+        Case { mask: Mask::Causal, b: 1, hkv: 2, group: 1, lq: 2, lk: 300, d: 128 },
+        Case { mask: Mask::Causal, b: 1, hkv: 2, group: 1, lq: 65, lk: 700, d: 64 },
+    ];
+    for (i, c) in cases.into_iter().enumerate() {
+        check::<f32>(c, 300 + i as u64);
+        check::<bf16>(c, 300 + i as u64);
+        check::<f16>(c, 300 + i as u64);
+    }
+}
+
 #[test]
 fn gradients_match_finite_differences() {
     let cases = [
@@ -330,7 +425,7 @@ fn extreme_scores_stay_finite() {
             assert!(t.to_vec::<f32>().unwrap().iter().all(|x| x.is_finite()), "{c:?}");
         }
         // the scores are whole numbers, exact in f32; only the softmax rounds, and averages of v lie within its range
-        let want = naive::<f64>(c, &x.to(), 1.0, |y| y);
+        let want = naive::<f64>(c, &x.to(), 1.0, |y| y, |s| s);
         assert!(error(&back::<f32>(&got[0]), &want[0]) < 1e-5, "{c:?}");
     }
 }

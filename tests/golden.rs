@@ -3,7 +3,7 @@
 use felid::eval::parity::{evaluate, parity, relative_l2};
 use felid::model::formats::{load_tensors, read_safetensors};
 use felid::model::{Cat, FolderFormat, ModelConfig, TransformerConfig, load, save};
-use felid::tensor::{DType, Tensor};
+use felid::tensor::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -19,7 +19,7 @@ fn logits(model: &Cat, ids: &Tensor, chunk: Option<usize>) -> Vec<f32> {
 fn every_golden_case_passes() {
     let files = ["transformer", "cat_fixed", "cat_adaptive", "cat_layer"].map(|n| format!("{n}.safetensors"));
     for name in files.iter().map(String::as_str).chain(["hf_cat"]) {
-        let cases = parity(&golden(name), DType::F32).unwrap();
+        let cases = parity(&golden(name), DType::F32, Device::Cpu).unwrap();
         assert!(cases.len() >= 2);
         for c in cases {
             assert!(c.pass, "{name}: {c:?}");
@@ -31,7 +31,7 @@ fn every_golden_case_passes() {
 fn sixteen_bits_stay_within_their_bounds() {
     for dtype in [DType::BF16, DType::F16] {
         for name in ["transformer.safetensors", "cat_fixed.safetensors", "cat_adaptive.safetensors", "hf_cat"] {
-            for c in parity(&golden(name), dtype).unwrap() {
+            for c in parity(&golden(name), dtype, Device::Cpu).unwrap() {
                 assert!(c.pass, "{dtype} {name}: {c:?}");
             }
         }

@@ -44,16 +44,23 @@ impl VarId {
 pub struct Var {
     value: Tensor,
     id: Option<VarId>,
+    /// The gradient's dtype, where it is not the value's.
+    gradient: Option<DType>,
 }
 
 impl Var {
     /// A leaf that gradients are wanted for.
     pub fn parameter(value: Tensor) -> Self {
-        Self { value, id: Some(VarId::fresh()) }
+        Self { value, id: Some(VarId::fresh()), gradient: None }
+    }
+    /// A leaf whose gradient is kept in `dtype`: f32 for 16-bit weights, so that summing over rows, uses and
+    /// micro-batches rounds nothing away.
+    pub fn parameter_with_gradient(value: Tensor, dtype: DType) -> Self {
+        Self { gradient: Some(dtype), ..Self::parameter(value) }
     }
     /// A value that no gradient flows to.
     pub fn constant(value: Tensor) -> Self {
-        Self { value, id: None }
+        Self { value, id: None, gradient: None }
     }
     /// The tensor.
     pub fn value(&self) -> &Tensor {
@@ -83,9 +90,13 @@ impl Var {
     pub fn shape(&self) -> &[usize] {
         self.value.shape()
     }
-    /// The tensor's dtype; a gradient has the same.
+    /// The tensor's dtype.
     pub fn dtype(&self) -> DType {
         self.value.dtype()
+    }
+    /// The dtype of its gradient: the tensor's, unless it was made with [`Var::parameter_with_gradient`].
+    pub fn gradient_dtype(&self) -> DType {
+        self.gradient.unwrap_or(self.dtype())
     }
 }
 

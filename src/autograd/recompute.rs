@@ -19,8 +19,7 @@ where
     let tensors = outputs.into_iter().map(Var::into_value).collect::<Vec<_>>();
     let n = tensors.len();
     Ok(record_always("recompute", inputs, tensors, move |flow| {
-        let again: Vec<Var> =
-            values.iter().map(|v| Var { value: v.value.clone(), id: v.id.map(|_| VarId::fresh()) }).collect();
+        let again: Vec<Var> = values.iter().map(|v| Var { id: v.id.map(|_| VarId::fresh()), ..v.clone() }).collect();
         drop(values);
         let seeds: Vec<_> = (0..n).map(|i| flow.output_at(i)).collect();
         let (grads, sum) = flow.nested();

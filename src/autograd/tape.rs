@@ -1,18 +1,21 @@
 //! The tape: nodes in the order they ran, and the walk back over them.
 
 use super::{Var, VarId};
-use crate::tensor::Tensor;
+use crate::memory::{Category, counted_as};
+use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
-/// Sums a gradient into another of the same shape: the one piece of arithmetic that the walk needs, given by `ops`.
+/// Sums a gradient into another of the same shape, of its dtype or a wider one: the one piece of arithmetic that the walk
+/// needs, given by `ops`.
 pub type SumInto = fn(&mut Tensor, &Tensor) -> Result<()>;
 type Backward = Box<dyn FnOnce(&mut Flow) -> Result<()> + Send>;
 
 struct Node {
     op: &'static str,
-    inputs: Vec<Option<VarId>>,
+    /// Those that gradients flow to, and the dtypes of these gradients.
+    inputs: Vec<Option<(VarId, DType)>>,
     outputs: Vec<VarId>,
     backward: Backward,
 }
@@ -77,7 +80,7 @@ pub(super) fn record_always(
     let outputs: Vec<Var> = outputs.into_iter().map(Var::parameter).collect();
     let node = Node {
         op,
-        inputs: inputs.iter().map(|v| v.id).collect(),
+        inputs: inputs.iter().map(|v| Some((v.id?, v.gradient_dtype()))).collect(),
         outputs: outputs.iter().filter_map(|v| v.id).collect(),
         backward: Box::new(backward),
     };
@@ -142,7 +145,7 @@ impl Gradients {
 /// What a node's backward sees: gradients of its outputs to take, gradients of its inputs to give.
 pub struct Flow<'a> {
     op: &'static str,
-    inputs: &'a [Option<VarId>],
+    inputs: &'a [Option<(VarId, DType)>],
     output_grads: Vec<Option<Tensor>>,
     grads: &'a mut Gradients,
     sum: SumInto,
@@ -164,23 +167,33 @@ impl Flow<'_> {
     }
     /// Add `grad` to the gradient of input `i`: moved there if it is the first, summed in place if not.
     pub fn give(&mut self, i: usize, grad: Tensor) -> Result<()> {
-        let Some(Some(id)) = self.inputs.get(i) else { return Ok(()) };
+        let Some(Some((id, dtype))) = self.inputs.get(i) else { return Ok(()) };
         match self.grads.of.get_mut(id) {
             Some(sum) => (self.sum)(sum, &grad),
-            None => {
+            None if grad.dtype() == *dtype => {
                 self.grads.of.insert(*id, grad);
+                Ok(())
+            }
+            None => {
+                let mut sum = Tensor::zeros(grad.shape(), *dtype, grad.device())?;
+                (self.sum)(&mut sum, &grad)?;
+                self.grads.of.insert(*id, sum);
                 Ok(())
             }
         }
     }
+    /// The dtype that the gradient of input `i` is kept in. Ops that make it by themselves make it so.
+    pub fn gradient_dtype(&self, i: usize) -> Option<DType> {
+        self.inputs.get(i).copied().flatten().map(|(_, dtype)| dtype)
+    }
     /// Take what has arrived for input `i` so far, for an op that accumulates into it by itself; give back the total
     /// with [`Flow::put`].
     pub fn take_sum(&mut self, i: usize) -> Option<Tensor> {
-        self.grads.of.remove(&(*self.inputs.get(i)?)?)
+        self.grads.of.remove(&(*self.inputs.get(i)?)?.0)
     }
     /// Set the gradient of input `i`, after [`Flow::take_sum`].
     pub fn put(&mut self, i: usize, total: Tensor) {
-        if let Some(Some(id)) = self.inputs.get(i) {
+        if let Some(Some((id, _))) = self.inputs.get(i) {
             self.grads.of.insert(*id, total);
         }
     }
@@ -255,14 +268,16 @@ impl Tape {
 }
 
 fn walk(nodes: &mut Vec<Node>, grads: &mut Gradients, sum: SumInto) -> Result<()> {
-    no_grad(|| {
-        while let Some(node) = nodes.pop() {
-            let output_grads: Vec<_> = node.outputs.iter().map(|id| grads.of.remove(id)).collect();
-            if output_grads.iter().any(Option::is_some) {
-                let mut flow = Flow { op: node.op, inputs: &node.inputs, output_grads, grads, sum };
-                (node.backward)(&mut flow)?;
+    counted_as(Category::Gradients, || {
+        no_grad(|| {
+            while let Some(node) = nodes.pop() {
+                let output_grads: Vec<_> = node.outputs.iter().map(|id| grads.of.remove(id)).collect();
+                if output_grads.iter().any(Option::is_some) {
+                    let mut flow = Flow { op: node.op, inputs: &node.inputs, output_grads, grads, sum };
+                    (node.backward)(&mut flow)?;
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     })
 }

@@ -1,12 +1,7 @@
-//! Counting the arithmetic of a training step, and measuring how fast this machine multiplies matrices.
+//! Counting the arithmetic of a training step.
 
-use crate::Result;
-use crate::autograd::Var;
-use crate::model::{Cat, ModelConfig, ModelType, TransformerConfig};
-use crate::ops;
-use crate::tensor::{DType, Device, Tensor};
+use crate::model::{ModelConfig, ModelType, TransformerConfig};
 use serde::Serialize;
-use std::time::Instant;
 
 /// Floating-point operations (a multiply-add counts two) of one forward and backward pass.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -41,26 +36,4 @@ pub fn training_flops(c: &ModelConfig, batch: usize, tokens: usize, chunk: usize
     let padded = tokens.div_ceil(chunk);
     let plan = crate::model::ChunkPlan { chunk, header, tokens };
     Flops { reference: of(padded, padded * (chunk + header) + header), needed: of(plan.full_chunks(), plan.len()) }
-}
-
-/// Operations a second of a large f32 matrix product on this machine, the best of several.
-pub fn matmul_ceiling() -> Result<f64> {
-    let n = 1024;
-    let fill = |i: usize| ((i * 2_654_435_761) % 1000) as f32 / 500.0 - 1.0;
-    let make = || Tensor::from_vec((0..n * n).map(fill).collect(), &[n, n]).map(Var::constant);
-    let (a, b) = (make()?, make()?);
-    let mut best = f64::INFINITY;
-    for _ in 0..12 {
-        let start = Instant::now();
-        ops::matmul(&a, &b)?;
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    Ok(2.0 * (n as f64).powi(3) / best)
-}
-
-/// A model of this config with f32 weights on the CPU.
-pub(super) fn model(c: ModelConfig) -> Result<Cat> {
-    let model = Cat::new(c, 0)?;
-    debug_assert!(model.params().iter().all(|p| p.dtype() == DType::F32 && p.value().device() == Device::Cpu));
-    Ok(model)
 }

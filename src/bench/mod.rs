@@ -1,10 +1,16 @@
 //! Speed, measured as `docs/performance.md` says: medians with their spread, the work counted, the machine's own
 //! ceiling and peers measured in the same call.
 
+mod attention;
 mod flops;
+mod kernels;
+mod machine;
 mod train;
 
-pub use flops::{Flops, matmul_ceiling, training_flops};
+pub use attention::{AttentionBench, AttentionReport, AttentionRow, bench_attention};
+pub use flops::{Flops, training_flops};
+pub use kernels::{KernelRow, KernelsBench, KernelsReport, bench_kernels};
+pub use machine::{Machine, matmul_ceiling, peer_output, time};
 pub use train::{PeerRow, TrainBench, TrainBenchReport, TrainRow, bench_train, run_peer};
 
 use serde::Serialize;
@@ -12,6 +18,8 @@ use serde::Serialize;
 /// Times of one thing measured several times, in milliseconds.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Spread {
+    /// The shortest run.
+    pub best_ms: f64,
     /// Half of the runs took at most this long.
     pub median_ms: f64,
     /// A tenth of the runs took at most this long.
@@ -28,6 +36,6 @@ impl Spread {
         let mut ms: Vec<f64> = seconds.iter().map(|s| s * 1e3).collect();
         ms.sort_by(f64::total_cmp);
         let at = |q: f64| ms.get(((ms.len().max(1) - 1) as f64 * q).round() as usize).copied().unwrap_or(0.0);
-        Self { median_ms: at(0.5), p10_ms: at(0.1), p90_ms: at(0.9), runs: ms.len() }
+        Self { best_ms: at(0.0), median_ms: at(0.5), p10_ms: at(0.1), p90_ms: at(0.9), runs: ms.len() }
     }
 }

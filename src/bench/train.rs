@@ -1,13 +1,13 @@
 //! `felid bench train`: the whole training step (forward, backward, clip, AdamW), and a peer's beside it.
 
-use super::{Flops, Spread, flops, matmul_ceiling, training_flops};
+use super::{Flops, Machine, Spread, peer_output, training_flops};
 use crate::autograd::Gradients;
 use crate::data::Batch;
-use crate::model::{ForwardOptions, ModelConfig};
+use crate::model::{Cat, ForwardOptions, ModelConfig};
 use crate::ops::AdamWSettings;
 use crate::random;
-use crate::tensor::{Tensor, memory_stats};
-use crate::train::{Optimizer, micro_step};
+use crate::tensor::{DType, Device, Tensor};
+use crate::train::{Optimizer, micro_step, prepare};
 use crate::{Error, Result};
 use serde::Serialize;
 use std::time::Instant;
@@ -27,6 +27,10 @@ pub struct TrainBench {
     pub steps: usize,
     /// Steps that are not counted.
     pub warmup: usize,
+    /// Of weights and activations; 16-bit weights get f32 masters.
+    pub dtype: DType,
+    /// Compute activations again in backward.
+    pub recompute: bool,
 }
 
 /// One chunk size.
@@ -60,18 +64,10 @@ pub struct PeerRow {
 /// All of it, as it goes to `docs/results/`.
 #[derive(Clone, Debug, Serialize)]
 pub struct TrainBenchReport {
-    /// Felid's version.
-    pub version: &'static str,
-    /// Where it ran.
-    pub device: String,
-    /// The processor, as the system names it.
-    pub cpu: String,
-    /// CPU threads.
-    pub threads: usize,
+    /// Where it ran, and what that machine reaches.
+    pub machine: Machine,
     /// What was measured.
     pub settings: TrainBench,
-    /// Operations a second of a large matrix product, measured in the same call.
-    pub ceiling_flops_per_s: f64,
     /// The results.
     pub rows: Vec<TrainRow>,
     /// The peer's command, and what it printed.
@@ -79,15 +75,17 @@ pub struct TrainBenchReport {
 }
 
 /// Measure training steps on random ids. With a peer's rows, also the ratios.
-pub fn bench_train(settings: TrainBench, peer: Option<(String, Vec<PeerRow>)>) -> Result<TrainBenchReport> {
+pub fn bench_train(settings: TrainBench, device: Device, peer: Option<(String, Vec<PeerRow>)>) -> Result<TrainBenchReport> {
     let config = ModelConfig::preset(&settings.preset)?;
     if settings.batch == 0 || settings.steps == 0 {
         return Err(Error::Usage("batch and steps must be at least 1".into()));
     }
-    let mut model = flops::model(config.clone())?;
+    let machine = Machine::measure(device, settings.dtype)?;
+    let mut model = Cat::new(config.clone(), 0)?;
+    prepare(&mut model, settings.dtype)?;
+    let mut model = model.to_device(device)?;
     let mut optimizer = Optimizer::new(&model)?;
     let h = AdamWSettings { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let ceiling = matmul_ceiling()?;
     let mut grads = Gradients::default();
     let (mut step, mut rows) = (0, Vec::new());
     for &chunk in &settings.chunk_sizes {
@@ -97,7 +95,7 @@ pub fn bench_train(settings: TrainBench, peer: Option<(String, Vec<PeerRow>)>) -
             let batch = random_batch(&settings, config.vocab_size, step)?;
             let start = Instant::now();
             step += 1;
-            micro_step(&model, &batch, ForwardOptions { chunk_size, recompute: false }, 1.0, &mut grads)?;
+            micro_step(&model, &batch, ForwardOptions { chunk_size, recompute: settings.recompute }, 1.0, &mut grads)?;
             optimizer.step(&mut model, &mut grads, step, &h, 1.0)?;
             if i >= settings.warmup {
                 seconds.push(start.elapsed().as_secs_f64());
@@ -111,21 +109,12 @@ pub fn bench_train(settings: TrainBench, peer: Option<(String, Vec<PeerRow>)>) -
             step: spread,
             ktokens_per_s: (settings.batch * settings.tokens) as f64 / spread.median_ms,
             flops,
-            share_of_ceiling: flops.needed / (spread.median_ms / 1e3) / ceiling,
-            peak_bytes: memory_stats().peak,
+            share_of_ceiling: flops.needed / (spread.median_ms / 1e3) / machine.matmul_flops_per_s,
+            peak_bytes: device.memory_stats().peak,
             speedup_over_peer: peer.as_ref().and_then(of_peer).map(|ms| ms / spread.median_ms),
         });
     }
-    Ok(TrainBenchReport {
-        version: env!("CARGO_PKG_VERSION"),
-        device: "cpu".into(),
-        cpu: cpu_name(),
-        threads: rayon::current_num_threads(),
-        settings,
-        ceiling_flops_per_s: ceiling,
-        rows,
-        peer,
-    })
+    Ok(TrainBenchReport { machine, settings, rows, peer })
 }
 
 fn random_batch(s: &TrainBench, vocab: usize, step: u64) -> Result<Batch> {
@@ -141,27 +130,18 @@ fn random_batch(s: &TrainBench, vocab: usize, step: u64) -> Result<Batch> {
 
 /// Run a peer's command in a shell and read the lines it prints of the form `C=16  304.0 ms/step`.
 pub fn run_peer(command: &str) -> Result<Vec<PeerRow>> {
-    let failed = |why: String| Error::Usage(format!("peer '{command}': {why}"));
-    let out = std::process::Command::new("sh").arg("-c").arg(command).output().map_err(|e| failed(e.to_string()))?;
-    let text = String::from_utf8_lossy(&out.stdout);
-    let rows: Vec<PeerRow> = text.lines().filter_map(peer_row).collect();
-    if !out.status.success() || rows.is_empty() {
-        let last = String::from_utf8_lossy(&out.stderr).lines().last().unwrap_or("").to_string();
-        return Err(failed(format!("{}, no line 'C=.. .. ms/step' read; {last}", out.status)));
+    let rows: Vec<PeerRow> = peer_output(command)?.lines().filter_map(peer_row).collect();
+    if rows.is_empty() {
+        return Err(Error::Usage(format!("peer '{command}': printed no line with 'C=.. .. ms/step'")));
     }
     Ok(rows)
 }
 
 fn peer_row(line: &str) -> Option<PeerRow> {
-    let (chunk, rest) = line.trim().strip_prefix("C=")?.trim_start().split_once(char::is_whitespace)?;
+    let (_, line) = line.split_once("C=")?;
+    let (chunk, rest) = line.trim_start().split_once(char::is_whitespace)?;
     let ms = rest.split_once("ms/step")?.0.trim();
     Some(PeerRow { chunk_size: chunk.parse().ok()?, ms: ms.parse().ok()? })
-}
-
-fn cpu_name() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':'));
-    name.map_or_else(|| std::env::consts::ARCH.to_string(), |(_, n)| n.trim().to_string())
 }
 
 #[cfg(test)]

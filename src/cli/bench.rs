@@ -1,9 +1,12 @@
 //! `felid bench`.
 
-use super::{Compute, print};
+use super::{Compute, parse_dtype, print};
 use clap::{Args, Subcommand};
-use felid::bench::{TrainBench, bench_train, run_peer};
+use felid::bench::{
+    AttentionBench, KernelsBench, Machine, TrainBench, bench_attention, bench_kernels, bench_train, peer_output, run_peer,
+};
 use felid::model::{ModelConfig, write_json};
+use felid::tensor::DType;
 use felid::{Error, Result};
 use std::path::PathBuf;
 
@@ -18,6 +21,41 @@ pub struct Bench {
 enum What {
     /// A training step: forward, backward, clip and AdamW
     Train(Train),
+    /// Attention under the CAT mask at several chunk sizes, in the compressor, and dense causal
+    Attention(Attention),
+    /// Each op at the sizes of a training step, against the bytes or operations that it cannot avoid
+    Kernels(Kernels),
+}
+
+/// Where results go, and what runs beside.
+#[derive(Args)]
+struct Output {
+    /// Shell command of a peer to run first, in the same call
+    #[arg(long)]
+    peer: Option<String>,
+    /// JSON file to write, such as docs/results/train-cpu.json
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[arg(long, value_parser = parse_dtype, default_value = "f32")]
+    dtype: DType,
+    #[command(flatten)]
+    compute: Compute,
+}
+
+impl Output {
+    fn peer(&self) -> Result<Option<(String, String)>> {
+        self.peer.as_ref().map(|c| Ok((c.clone(), peer_output(c)?))).transpose()
+    }
+    /// Write and print a report: as JSON, or by `table`.
+    fn show<R: serde::Serialize>(&self, report: &R, table: impl FnOnce(&R) -> Result<()>) -> Result<()> {
+        if let Some(path) = &self.out {
+            write_json(path, report)?;
+        }
+        if self.json { print::json(report) } else { table(report) }
+    }
 }
 
 #[derive(Args)]
@@ -40,30 +78,89 @@ struct Train {
     /// Steps before those
     #[arg(long, default_value_t = 3)]
     warmup: usize,
-    /// Shell command of a peer to run first; it prints lines like 'C=16 304.0 ms/step'
+    /// Compute activations again in backward
     #[arg(long)]
-    peer: Option<String>,
-    /// JSON file to write, such as docs/results/train-cpu.json
-    #[arg(long)]
-    out: Option<PathBuf>,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
+    recompute: bool,
     #[command(flatten)]
-    compute: Compute,
+    output: Output,
+}
+
+#[derive(Args)]
+struct Attention {
+    #[arg(long, default_value_t = 4)]
+    batch_size: usize,
+    #[arg(long, default_value_t = 32)]
+    heads: usize,
+    /// Key heads [default: as many as query heads]
+    #[arg(long)]
+    kv_heads: Option<usize>,
+    #[arg(long, default_value_t = 64)]
+    head_dim: usize,
+    /// Tokens of a row
+    #[arg(long, default_value_t = 4096)]
+    seq_len: usize,
+    #[arg(long, value_delimiter = ',', default_value = "4,8,16,32")]
+    chunk_sizes: Vec<usize>,
+    /// Measured runs a case
+    #[arg(long, default_value_t = 50)]
+    runs: usize,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Args)]
+struct Kernels {
+    /// Rows
+    #[arg(long, default_value_t = 36_880)]
+    rows: usize,
+    /// Width of the residual stream
+    #[arg(long, default_value_t = 2048)]
+    dim: usize,
+    /// Width of SwiGLU
+    #[arg(long, default_value_t = 5632)]
+    ffn: usize,
+    #[arg(long, default_value_t = 50_432)]
+    vocab: usize,
+    #[arg(long, default_value_t = 64)]
+    head_dim: usize,
+    /// Parameters of the AdamW row
+    #[arg(long, default_value_t = 123_000_000)]
+    params: usize,
+    /// Only ops whose names contain this
+    #[arg(long)]
+    only: Option<String>,
+    /// Measured runs an op
+    #[arg(long, default_value_t = 30)]
+    runs: usize,
+    #[command(flatten)]
+    output: Output,
 }
 
 impl Bench {
     pub fn run(self) -> Result<()> {
         match self.what {
             What::Train(t) => t.run(),
+            What::Attention(a) => a.run(),
+            What::Kernels(k) => k.run(),
         }
     }
 }
 
+fn heading(what: &str, m: &Machine) -> Result<()> {
+    print::line(&format!(
+        "{what} on {} ({}), {} threads; copies reach {:.0} GB/s, matrix products in {} {:.2} TFLOP/s",
+        m.name(),
+        m.device,
+        m.threads,
+        m.copy_bytes_per_s / 1e9,
+        m.matmul_dtype,
+        m.matmul_flops_per_s / 1e12
+    ))
+}
+
 impl Train {
     fn run(self) -> Result<()> {
-        self.compute.set()?;
+        let device = self.output.compute.set()?;
         let config = ModelConfig::preset(&self.preset)?;
         let chunk_sizes = self.chunk_sizes.unwrap_or_else(|| config.training_chunk_sizes().into_iter().rev().collect());
         if config.chunk_size.is_some() {
@@ -73,7 +170,7 @@ impl Train {
         if tokens > config.block_size {
             return Err(Error::Length { len: tokens, block_size: config.block_size });
         }
-        let peer = self.peer.map(|c| Ok::<_, Error>((c.clone(), run_peer(&c)?))).transpose()?;
+        let peer = self.output.peer.as_ref().map(|c| Ok::<_, Error>((c.clone(), run_peer(c)?))).transpose()?;
         let settings = TrainBench {
             preset: self.preset,
             batch: self.batch_size,
@@ -81,35 +178,98 @@ impl Train {
             chunk_sizes,
             steps: self.steps,
             warmup: self.warmup,
+            dtype: self.output.dtype,
+            recompute: self.recompute,
         };
-        let report = bench_train(settings, peer)?;
-        if let Some(path) = &self.out {
-            write_json(path, &report)?;
-        }
-        if self.json {
-            return print::json(&report);
-        }
-        print::line(&format!(
-            "{} on {}, {} threads; matrix products reach {:.0} GFLOP/s",
-            report.settings.preset,
-            report.cpu,
-            report.threads,
-            report.ceiling_flops_per_s / 1e9
-        ))?;
-        print::line("   C  median ms (p10..p90)    Ktok/s  of ceiling  x peer      peak")?;
-        for r in &report.rows {
-            let ratio = r.speedup_over_peer.map_or("-".into(), |x| format!("{x:.2}"));
-            print::line(&format!(
-                "{:>4}  {:>8.1} ({:.0}..{:.0})  {:>10.2}  {:>9.0}%  {ratio:>6}  {:>8}",
-                r.chunk_size,
-                r.step.median_ms,
-                r.step.p10_ms,
-                r.step.p90_ms,
-                r.ktokens_per_s,
-                100.0 * r.share_of_ceiling,
-                print::bytes(r.peak_bytes)
-            ))?;
-        }
-        Ok(())
+        self.output.show(&bench_train(settings, device, peer)?, |report| {
+            heading(&report.settings.preset, &report.machine)?;
+            print::line("   C  median ms (p10..p90)    Ktok/s  of ceiling  x peer      peak")?;
+            for r in &report.rows {
+                let ratio = r.speedup_over_peer.map_or("-".into(), |x| format!("{x:.2}"));
+                print::line(&format!(
+                    "{:>4}  {:>8.1} ({:.0}..{:.0})  {:>10.2}  {:>9.0}%  {ratio:>6}  {:>8}",
+                    r.chunk_size,
+                    r.step.median_ms,
+                    r.step.p10_ms,
+                    r.step.p90_ms,
+                    r.ktokens_per_s,
+                    100.0 * r.share_of_ceiling,
+                    print::bytes(r.peak_bytes)
+                ))?;
+            }
+            Ok(())
+        })
+    }
+}
+
+impl Attention {
+    fn run(self) -> Result<()> {
+        let device = self.output.compute.set()?;
+        let peer = self.output.peer()?;
+        let settings = AttentionBench {
+            batch: self.batch_size,
+            heads: self.heads,
+            kv_heads: self.kv_heads.unwrap_or(self.heads),
+            head_dim: self.head_dim,
+            tokens: self.seq_len,
+            chunk_sizes: self.chunk_sizes,
+            header: 2,
+            dtype: self.output.dtype,
+            runs: self.runs,
+        };
+        self.output.show(&bench_attention(settings, device, peer)?, |report| {
+            heading("attention", &report.machine)?;
+            print::line("mask             C  sequences x length  forward ms   of floor  forward+backward ms   of floor")?;
+            for r in &report.rows {
+                let (f, b) = (r.forward.median_ms, r.forward_backward.median_ms);
+                print::line(&format!(
+                    "{:<13} {:>4}  {:>9} x {:<6}  {f:>10.3}  {:>8.0}%  {b:>19.3}  {:>8.0}%",
+                    r.mask,
+                    r.chunk_size,
+                    r.sequences,
+                    r.length,
+                    100.0 * r.floor_ms[0] / f,
+                    100.0 * r.floor_ms[1] / b
+                ))?;
+            }
+            report.peer.iter().try_for_each(|(_, text)| print::line(text.trim_end()))
+        })
+    }
+}
+
+impl Kernels {
+    fn run(self) -> Result<()> {
+        let device = self.output.compute.set()?;
+        let peer = self.output.peer()?;
+        let settings = KernelsBench {
+            rows: self.rows,
+            dim: self.dim,
+            ffn: self.ffn,
+            vocab: self.vocab,
+            head_dim: self.head_dim,
+            params: self.params,
+            dtype: self.output.dtype,
+            runs: self.runs,
+            only: self.only,
+        };
+        self.output.show(&bench_kernels(settings, device, peer)?, |report| {
+            heading("kernels", &report.machine)?;
+            print::line(
+                "op                                              forward ms  of ceiling  forward+backward ms  of ceiling",
+            )?;
+            for r in &report.rows {
+                let (both, share) = match &r.forward_backward {
+                    Some(b) => (format!("{:.3}", b.median_ms), format!("{:.0}%", 100.0 * r.share_of_ceiling[1])),
+                    None => ("-".into(), "-".into()),
+                };
+                print::line(&format!(
+                    "{:<46}  {:>10.3}  {:>9.0}%  {both:>19}  {share:>10}",
+                    r.op,
+                    r.forward.median_ms,
+                    100.0 * r.share_of_ceiling[0],
+                ))?;
+            }
+            report.peer.iter().try_for_each(|(_, text)| print::line(text.trim_end()))
+        })
     }
 }

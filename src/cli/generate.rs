@@ -68,7 +68,7 @@ struct Report {
 
 impl Generate {
     pub fn run(self) -> Result<()> {
-        self.compute.set()?;
+        let device = self.compute.set()?;
         let sampling = Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p };
         sampling.check()?;
         let prompt = self.prompt_bytes()?;
@@ -76,7 +76,7 @@ impl Generate {
             let fix = "give --prompt some text: a model continues, it cannot begin from nothing";
             return Err(Error::Empty { what: "the prompt".into(), fix: fix.into() });
         }
-        let model = load(&self.model, self.dtype)?.model;
+        let model = load(&self.model, self.dtype)?.model.to_device(device)?;
         let tokenizer = Tokenizer::load(Some(&self.model))?;
         let ids = tokenizer.encode_bytes(&prompt)?;
         let block_size = model.config().block_size;

@@ -43,7 +43,7 @@ pub struct Logits {
 
 impl Logits {
     pub fn run(self) -> Result<()> {
-        self.compute.set()?;
+        let device = self.compute.set()?;
         let input = read_safetensors(&self.input)?.tensors;
         let bad = |detail: &str| Error::Format { path: self.input.clone(), detail: detail.into() };
         let ids = input.get("input_ids").ok_or_else(|| bad("no tensor input_ids: it needs int64 [B, N]"))?;
@@ -57,7 +57,7 @@ impl Logits {
             return Err(bad("--grads needs a tensor labels: gradients are those of the loss"));
         }
         let checkpoint = load(&self.model, self.dtype)?;
-        let model = checkpoint.model;
+        let model = checkpoint.model.to_device(device)?;
         let outcome = evaluate(&model, ids, labels, self.chunk_size)?;
         let wide = |t: &Tensor| cast_tensor(t, DType::F32);
         let mut out: Vec<(String, Tensor)> = vec![("logits".into(), wide(&outcome.logits)?)];

@@ -52,9 +52,17 @@ enum Command {
 /// Where and how to compute.
 #[derive(Args, Clone, Debug)]
 struct Compute {
-    /// Device to run on
+    /// Device to run on: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Matrix products on CUDA: auto (cuBLASLt where it is there) or native (Felid's own kernel)
+    #[cfg(feature = "cuda")]
+    #[arg(long, default_value = "auto", value_name = "auto|native")]
+    gemm: String,
+    /// Let cuBLASLt round f32 operands to TF32
+    #[cfg(feature = "cuda")]
+    #[arg(long)]
+    tf32: bool,
     /// CPU threads [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
@@ -63,7 +71,12 @@ struct Compute {
 impl Compute {
     /// Apply these settings to the process.
     fn set(&self) -> Result<Device> {
-        let device = self.device.parse()?;
+        let device: Device = self.device.parse()?;
+        #[cfg(feature = "cuda")]
+        {
+            felid::cuda::set_gemm(self.gemm.parse()?);
+            felid::cuda::set_tf32(self.tf32);
+        }
         if let Some(n) = self.threads {
             if n == 0 || n > 4096 {
                 return Err(Error::Usage(format!("--threads {n}: use 1..=4096")));
@@ -71,6 +84,7 @@ impl Compute {
             // fails only when the pool exists already, which no command makes before this
             let _ = rayon::ThreadPoolBuilder::new().num_threads(n).build_global();
         }
+        device.check()?;
         Ok(device)
     }
 }

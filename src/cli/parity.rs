@@ -25,16 +25,16 @@ pub struct Parity {
 
 impl Parity {
     pub fn run(self) -> Result<()> {
-        self.compute.set()?;
+        let device = self.compute.set()?;
         let mut failed = 0;
         let mut reports = Vec::new();
         for path in &self.paths {
-            let cases = parity(path, self.dtype)?;
+            let cases = parity(path, self.dtype, device)?;
             failed += cases.iter().filter(|c| !c.pass).count();
             if !self.json {
                 let first = cases.first();
                 print::line(&format!(
-                    "{}  ({}, bounds {:.1e} logits and loss, {:.1e} gradients{})",
+                    "{}  ({} on {device}, bounds {:.1e} logits and loss, {:.1e} gradients{})",
                     path.display(),
                     self.dtype,
                     first.map_or(0.0, |c| c.logits_bound),
@@ -58,7 +58,9 @@ impl Parity {
                     ))?;
                 }
             }
-            reports.push(serde_json::json!({ "path": path, "dtype": self.dtype, "cases": cases }));
+            reports.push(
+                serde_json::json!({ "path": path, "dtype": self.dtype, "device": device.to_string(), "cases": cases }),
+            );
         }
         if self.json {
             print::json(&reports)?;

@@ -7,7 +7,7 @@ use felid::eval::Quality;
 use felid::generate::{GenerateOptions, Generator};
 use felid::model::formats::write_atomically;
 use felid::ops::Sampling;
-use felid::tensor::{DType, Tensor};
+use felid::tensor::{DType, Device, Tensor};
 use felid::train::{StepReport, Task, TrainConfig, Trainer};
 use felid::{Error, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -141,11 +141,11 @@ impl Train {
         Ok(t)
     }
 
-    fn open(&self) -> Result<Trainer> {
+    fn open(&self, device: Device) -> Result<Trainer> {
         let (given, source) = (self.given()?, self.config.clone().unwrap_or_else(|| "flags".into()));
         if self.resume {
             let out = TrainConfig::from_table(given.clone(), &source, "nano")?.out;
-            return Trainer::resume(&out, |saved| {
+            return Trainer::resume_on(&out, device, |saved| {
                 let mut changed = saved.with(given, &source)?;
                 changed.out = out.clone();
                 Ok(changed)
@@ -160,18 +160,22 @@ impl Train {
                 "{out} holds a run already ({file}): add --resume or --overwrite, or choose another --out"
             )));
         }
-        Trainer::new(config)
+        Trainer::on(config, device)
     }
 
     pub fn run(self) -> Result<()> {
-        self.compute.set()?;
-        let mut trainer = self.open()?;
+        let device = self.compute.set()?;
+        let mut trainer = self.open(device)?;
         let (steps, model) = (trainer.config.steps, trainer.model.config());
         print::note(&format!(
-            "{:?}, {} parameters, {} threads; {} x {} tokens a micro-batch, chunk sizes {:?}; step {} of {steps}; writing {}",
+            "{:?}, {} parameters in {}, {}; {} x {} tokens a micro-batch, chunk sizes {:?}; step {} of {steps}; writing {}",
             model.model_type,
             trainer.model.numel(),
-            rayon::current_num_threads(),
+            trainer.config.dtype,
+            match device {
+                Device::Cpu => format!("{} threads", rayon::current_num_threads()),
+                other => other.to_string(),
+            },
             trainer.config.batch_size,
             trainer.config.seq_len,
             trainer.config.round(model).into_iter().flatten().collect::<Vec<_>>(),

@@ -8,7 +8,7 @@ use crate::generate::{GenerateOptions, generate};
 use crate::model::formats::read_safetensors;
 use crate::model::{Cat, FolderFormat, ForwardOptions, ModelConfig, load, rename};
 use crate::ops;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Device, Tensor};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -55,10 +55,10 @@ pub struct CaseReport {
     pub pass: bool,
 }
 
-/// Run all cases of a golden file or folder, the model in `dtype`.
-pub fn parity(path: &Path, dtype: DType) -> Result<Vec<CaseReport>> {
+/// Run all cases of a golden file or folder, the model in `dtype` on `device`.
+pub fn parity(path: &Path, dtype: DType, device: Device) -> Result<Vec<CaseReport>> {
     let golden = Golden::open(path)?;
-    let model = golden.model(|t| ops::cast_tensor(t, dtype))?;
+    let model = golden.model(|t| ops::cast_tensor(t, dtype))?.to_device(device)?;
     let yardstick = match dtype {
         DType::BF16 | DType::F16 => Some(golden.model(|t| ops::cast_tensor(&ops::cast_tensor(t, dtype)?, DType::F32))?),
         _ => None,

@@ -9,8 +9,9 @@ use super::param::{Builder, Param};
 use super::plan::ChunkPlan;
 use super::sequence::assemble;
 use crate::autograd::{Var, no_grad};
+use crate::memory::{Category, counted_as};
 use crate::ops::{self, Mask, RopeTable, concat, expand, narrow, reshape};
-use crate::tensor::{DType, Tensor, check_memory};
+use crate::tensor::{DType, Device, Tensor, check_memory};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -109,6 +110,19 @@ impl Cat {
     pub fn params(&self) -> Vec<Param> {
         let mut shared = self.clone();
         shared.params_mut().into_iter().map(|p| p.clone()).collect()
+    }
+    /// This model with its parameters on another device (itself where they are there already).
+    pub fn to_device(mut self, device: Device) -> Result<Self> {
+        counted_as(Category::Weights, || {
+            for p in self.params_mut() {
+                *p.value_mut() = p.value().to_device(device)?;
+            }
+            Ok(self)
+        })
+    }
+    /// Where the parameters are.
+    pub fn device(&self) -> Device {
+        self.output.value().device()
     }
     /// Number of parameters.
     pub fn numel(&self) -> usize {
@@ -214,7 +228,9 @@ impl Cat {
                 Some(_) => room / chunk + 1 + chunk + 1,
                 None => room,
             };
-            cache.layers = self.decoder.blocks.iter().map(|l| l.new_cache(b, rows, room, chunk)).collect::<Result<_>>()?;
+            cache.layers = counted_as(Category::Cache, || {
+                self.decoder.blocks.iter().map(|l| l.new_cache(b, rows, room, chunk)).collect::<Result<_>>()
+            })?;
             let (x, mut pass, slots) = match plan {
                 Some(plan) if self.chunks.is_some() => {
                     // slots see slots, the open block's rows see slots and one another: nothing else need be computed

@@ -2,9 +2,8 @@
 //!
 //! `p -= lr wd p; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; p -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)`.
 
-use super::cpu;
 use super::elementwise::same_dtype;
-use crate::tensor::{DType, Device, Tensor};
+use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
 
 /// What stays the same from parameter to parameter.
@@ -22,6 +21,45 @@ pub struct AdamWSettings {
     pub weight_decay: f64,
 }
 
+/// One parameter in a step over all of them.
+#[derive(Debug)]
+pub struct AdamWParam<'a> {
+    /// The weights.
+    pub param: &'a mut Tensor,
+    /// Their gradient, of the same shape: f32, or of param's dtype.
+    pub grad: &'a Tensor,
+    /// First moment, f32.
+    pub m: &'a mut Tensor,
+    /// Second moment, f32.
+    pub v: &'a mut Tensor,
+    /// The weights in f32, where they are 16 bits wide: the step is taken here, and the weights are its rounding.
+    pub master: Option<&'a mut Tensor>,
+    /// In place of the settings'.
+    pub weight_decay: f64,
+}
+
+/// One step of AdamW (counted from 1) over all parameters, in place, with the global norm of the gradients clipped to
+/// `clip` (0 for no clipping). Returns that norm before clipping, a scalar on the parameters' device: reading it waits for
+/// the step, nothing else does. Where it is not finite nothing has changed.
+pub fn adamw(params: &mut [AdamWParam], step: u64, h: &AdamWSettings, clip: f64) -> Result<Tensor> {
+    for p in params.iter() {
+        let wide = p.master.as_deref().unwrap_or(p.param);
+        check(wide, p.grad, p.m, p.v, step)?;
+        if p.param.shape() != p.grad.shape() || (p.grad.dtype() != p.param.dtype() && p.grad.dtype() != DType::F32) {
+            let (p, g) = (&p.param, p.grad);
+            let detail = format!("a gradient {} {:?} of {} {:?}", g.dtype(), g.shape(), p.dtype(), p.shape());
+            return Err(Error::shape("adamw", detail));
+        }
+        if let Some(master) = p.master.as_deref().filter(|m| m.dtype() != DType::F32) {
+            return Err(Error::dtype("adamw", format!("masters must be f32, got {}", master.dtype())));
+        }
+    }
+    match params.first().map(|p| p.param.device()) {
+        None => Ok(Tensor::scalar(0f64)),
+        Some(device) => on_device!(device, adamw::update(params, step, h, clip)),
+    }
+}
+
 /// One step of AdamW on one parameter, in place, in one pass.
 ///
 /// `grad` has param's shape and dtype and counts `grad_scale` times (1, or what clipping leaves); the moments m and v are
@@ -36,6 +74,12 @@ pub fn adamw_step(
     grad_scale: f64,
 ) -> Result<()> {
     same_dtype("adamw", &[param, grad])?;
+    check(param, grad, m, v, step)?;
+    on_device!(param.device(), adamw::step(param, grad, m, v, step, h, grad_scale))
+}
+
+fn check(param: &Tensor, grad: &Tensor, m: &Tensor, v: &Tensor, step: u64) -> Result<()> {
+    same_dtype("adamw", &[m, v])?;
     if m.dtype() != DType::F32 || v.dtype() != DType::F32 {
         return Err(Error::dtype("adamw", format!("moments must be f32, got {} and {}", m.dtype(), v.dtype())));
     }
@@ -46,18 +90,14 @@ pub fn adamw_step(
     if step == 0 {
         return Err(Error::config("adamw: steps count from 1"));
     }
-    match param.device() {
-        Device::Cpu => cpu::adamw::step(param, grad, m, v, step, h, grad_scale),
-    }
+    Ok(())
 }
 
 /// `sqrt(sum of g^2)` over all elements of all gradients.
 pub fn global_norm<'a>(grads: impl IntoIterator<Item = &'a Tensor>) -> Result<f64> {
     let mut sum = 0.0;
     for g in grads {
-        sum += match g.device() {
-            Device::Cpu => cpu::adamw::square_sum(g)?,
-        };
+        sum += on_device!(g.device(), adamw::square_sum(g))?;
     }
     Ok(sum.sqrt())
 }

@@ -1,9 +1,8 @@
 //! Scaled dot-product attention under a structured mask.
 
-use super::cpu;
 use super::elementwise::same_dtype;
 use crate::autograd::{Var, record_one};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 /// Which keys a query may attend, as a rule on positions; no mask tensor exists anywhere.
@@ -73,15 +72,11 @@ pub fn attention(q: &Var, k: &Var, v: &Var, mask: Mask, scale: f64) -> Result<Va
     let (qv, kv, vv) = (q.value(), k.value(), v.value());
     check(qv, kv, vv, mask)?;
     let (qv, kv, vv) = (qv.dense_rows()?, kv.dense_rows()?, vv.dense_rows()?);
-    let (y, lse) = match qv.device() {
-        Device::Cpu => cpu::attention::forward(&qv, &kv, &vv, mask, scale)?,
-    };
+    let (y, lse) = on_device!(qv.device(), attention::forward(&qv, &kv, &vv, mask, scale))?;
     let saved = y.clone();
     Ok(record_one("attention", &[q, k, v], y, move |flow| {
         let dy = flow.output()?.dense_rows()?;
-        let grads = match dy.device() {
-            Device::Cpu => cpu::attention::backward(&qv, &kv, &vv, &saved, &lse, &dy, mask, scale)?,
-        };
+        let grads = on_device!(dy.device(), attention::backward(&qv, &kv, &vv, &saved, &lse, &dy, mask, scale))?;
         for (i, grad) in grads.into_iter().enumerate() {
             flow.give(i, grad)?;
         }

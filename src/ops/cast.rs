@@ -1,9 +1,8 @@
 //! Change of float dtype.
 
-use super::cpu::elementwise::cast as convert;
+use crate::Result;
 use crate::autograd::{Var, record_one};
-use crate::tensor::{DType, Device, Tensor};
-use crate::{Result, with_float};
+use crate::tensor::{DType, Tensor};
 
 /// The same elements in another float dtype, rounded to nearest even (f64 to 16 bits by way of f32). Backward casts the
 /// gradient back.
@@ -20,6 +19,5 @@ pub fn cast_tensor(x: &Tensor, dtype: DType) -> Result<Tensor> {
     if x.dtype() == dtype && dtype.is_float() {
         return Ok(x.clone());
     }
-    let Device::Cpu = x.device();
-    with_float!(x.dtype(), "cast", S => with_float!(dtype, "cast", D => convert::<S, D>(x)))
+    on_device!(x.device(), cast::cast(x, dtype))
 }

@@ -2,7 +2,7 @@
 
 use super::elementwise::same_dtype;
 use crate::autograd::{Var, record_one};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 /// Join along `dim`: all other dimensions and the dtypes must agree. Views of any strides (expanded ones too) are read
@@ -31,7 +31,5 @@ pub(crate) fn concat_tensors(xs: &[&Tensor], dim: usize) -> Result<Tensor> {
         return Err(Error::shape("concat", format!("shapes {shapes:?} do not join along dimension {dim}")));
     }
     shape[dim] = xs.iter().map(|t| t.dim(dim)).sum();
-    match first.device() {
-        Device::Cpu => super::cpu::concat::concat(xs, dim, &shape),
-    }
+    on_device!(first.device(), concat::concat(xs, dim, &shape))
 }

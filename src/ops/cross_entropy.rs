@@ -4,11 +4,9 @@
 //! Backward: `dlogits = (e^(logits - lse) - onehot(label)) * dloss / count`, 0 in rows that do not count.
 
 use super::cast::cast_tensor;
-use super::cpu;
-use super::elementwise::{Unary, same_dtype, unary_tensor};
-use super::matmul::gemm;
+use super::elementwise::same_dtype;
 use crate::autograd::{Var, is_recording, record_one};
-use crate::tensor::{DType, Device, Real, Tensor};
+use crate::tensor::{DType, Device, Tensor};
 use crate::{Error, Result};
 
 /// Labels that count: the row of each, and which class it names.
@@ -27,7 +25,7 @@ impl Counted {
             return Err(Error::shape(op, format!("labels {:?} do not fit rows {lead:?}", labels.shape())));
         }
         let mut counted = Self { rows: Vec::new(), labels: Vec::new() };
-        for (row, &label) in labels.contiguous()?.as_slice::<i64>()?.iter().enumerate() {
+        for (row, &label) in labels.to_device(Device::Cpu)?.contiguous()?.as_slice::<i64>()?.iter().enumerate() {
             match usize::try_from(label) {
                 _ if label == ignore_index => {}
                 Ok(l) if l < classes => {
@@ -46,14 +44,16 @@ impl Counted {
         }
         Ok(counted)
     }
-    fn len(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.rows.len()
     }
 }
 
-/// A loss in the accumulator type of `dtype`.
-fn scalar(loss: f64, dtype: DType) -> Tensor {
-    if dtype == DType::F64 { Tensor::scalar(loss) } else { Tensor::scalar(f32::of(loss)) }
+/// The loss of a linear layer, and the gradients of its mean that were asked for: `dx [rows, D]`, `dw [V, D]`.
+pub(crate) struct Joint {
+    pub loss: Tensor,
+    pub dx: Option<Tensor>,
+    pub dw: Option<Tensor>,
 }
 
 /// Mean cross-entropy of logits `[.., V]` against labels (int64 `[..]`), over labels other than `ignore_index`.
@@ -66,23 +66,14 @@ pub fn cross_entropy(logits: &Var, labels: &Tensor, ignore_index: i64) -> Result
         return Err(Error::shape("cross_entropy", "logits need a last dimension of classes"));
     };
     let counted = Counted::new("cross_entropy", labels, lead, classes, ignore_index)?;
-    let (sum, lse) = match z.device() {
-        Device::Cpu => cpu::cross_entropy::forward(z, &counted)?,
-    };
-    let (count, z) = (counted.len() as f64, z.clone());
-    Ok(record_one("cross_entropy", &[logits], scalar(sum / count, z.dtype()), move |flow| {
-        let scale = flow.output()?.item()? / count;
-        let dz = match z.device() {
-            Device::Cpu => cpu::cross_entropy::backward(&z, &lse, &counted, scale)?,
-        };
+    let (loss, lse) = on_device!(z.device(), cross_entropy::forward(z, &counted))?;
+    let z = z.clone();
+    Ok(record_one("cross_entropy", &[logits], loss, move |flow| {
+        let dloss = flow.output()?;
+        let dz = on_device!(z.device(), cross_entropy::backward(&z, &lse, &counted, &dloss))?;
         flow.give(0, dz)
     }))
 }
-
-/// Bytes of logits that [`linear_cross_entropy`] holds at once: small beside a last-level cache of tens of megabytes.
-const BLOCK_BYTES: usize = 4 << 20;
-/// Fewer rows than this would leave a product bound by reading the weight.
-const BLOCK_ROWS: usize = 64;
 
 /// `cross_entropy(linear(x, weight, None), labels, ignore_index)` in blocks of rows: x `[.., D]`, weight `[V, D]`, labels
 /// int64 `[..]`; a scalar, f32 (f64 for f64).
@@ -102,54 +93,18 @@ pub fn linear_cross_entropy(x: &Var, weight: &Var, labels: &Tensor, ignore_index
     let wants = |v: &Var| is_recording() && v.has_gradient();
     let (want_x, want_w) = (wants(x), wants(weight));
 
-    let (dtype, shape) = (xv.dtype(), xv.shape().to_vec());
-    let acc = cpu::rms_norm::acc_dtype(dtype);
-    let all = labels.numel();
+    let (shape, all) = (xv.shape().to_vec(), labels.numel());
     let x2 = xv.reshape(&[all, d])?;
-    let w = cast_tensor(w, acc)?;
-    let scale = 1.0 / counted.len() as f64;
-    let block = (BLOCK_BYTES / (classes * acc.size())).max(BLOCK_ROWS);
-    let (mut sum, mut dx_blocks, mut dw) = (0.0, Vec::new(), None);
-    for (rows, labels) in counted.rows.chunks(block).zip(counted.labels.chunks(block)) {
-        let whole = rows[rows.len() - 1] - rows[0] + 1 == rows.len();
-        let xb = if whole { x2.narrow(0, rows[0], rows.len())? } else { cpu::gather::gather(&x2, 0, rows)? };
-        let xb = cast_tensor(&xb, acc)?;
-        let mut logits = gemm(&xb, &w.transpose(0, 1)?, None)?;
-        sum += match logits.device() {
-            Device::Cpu => cpu::cross_entropy::in_place(&mut logits, labels, (want_x || want_w).then_some(scale))?,
-        };
-        if want_x {
-            dx_blocks.push(gemm(&logits, &w, None)?);
-        }
-        if want_w {
-            dw = Some(gemm(&logits.transpose(0, 1)?, &xb, dw)?);
-        }
-    }
-    let loss = scalar(sum * scale, dtype);
-    let dx = match want_x {
-        true => Some(spread(&dx_blocks, &counted.rows, all)?.reshape(&shape)?),
-        false => None,
-    };
-    drop(dx_blocks);
+    let Joint { loss, dx, dw } = on_device!(xv.device(), linear_cross_entropy::forward(&x2, w, &counted, want_x, want_w))?;
     Ok(record_one(OP, &[x, weight], loss, move |flow| {
-        let seed = flow.output()?.item()?;
+        let seed = flow.output()?;
         for (i, grad) in [dx, dw].into_iter().enumerate() {
-            if let Some(grad) = grad {
-                let grad = if seed == 1.0 { grad } else { unary_tensor(Unary::Scale(seed), &grad)? };
-                flow.give(i, cast_tensor(&grad, dtype)?)?;
+            if let (Some(grad), Some(dtype)) = (grad, flow.gradient_dtype(i)) {
+                let grad = on_device!(seed.device(), linear_cross_entropy::scale(grad, &seed))?;
+                let grad = cast_tensor(&grad, dtype)?;
+                flow.give(i, if i == 0 { grad.reshape(&shape)? } else { grad })?;
             }
         }
         Ok(())
     }))
-}
-
-/// The rows of all blocks, put at `rows` of a matrix of `all` rows, the others 0.
-fn spread(blocks: &[Tensor], rows: &[usize], all: usize) -> Result<Tensor> {
-    let blocks: Vec<&Tensor> = blocks.iter().collect();
-    let joined = super::concat::concat_tensors(&blocks, 0)?;
-    if rows.len() == all {
-        return Ok(joined);
-    }
-    let shape = [all, joined.last_dim()];
-    cpu::gather::scatter_add(&joined, 0, rows, &shape, None)
 }

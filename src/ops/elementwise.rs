@@ -1,8 +1,7 @@
 //! Elementwise arithmetic with broadcasting (NumPy's rules), and unary functions.
 
-use super::cpu;
 use crate::autograd::{Var, record_one};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
 
 /// The binary functions; each knows its derivatives.
@@ -63,9 +62,21 @@ pub(crate) fn broadcast_shape(op: &'static str, a: &[usize], b: &[usize]) -> Res
         .collect()
 }
 
+/// Errors where dtypes or devices differ.
 pub(crate) fn same_dtype(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
+    same_device(op, tensors)?;
     match tensors.windows(2).find(|w| w[0].dtype() != w[1].dtype()) {
         Some(w) => Err(Error::dtype(op, format!("dtypes {} and {} differ: cast one", w[0].dtype(), w[1].dtype()))),
+        None => Ok(()),
+    }
+}
+
+fn same_device(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
+    match tensors.windows(2).find(|w| w[0].device() != w[1].device()) {
+        Some(w) => {
+            let (device, other) = (w[0].device().to_string(), w[1].device());
+            Err(Error::Device { device, detail: format!("{op}: another tensor is on {other}: move one with to_device") })
+        }
         None => Ok(()),
     }
 }
@@ -75,33 +86,28 @@ pub(crate) fn binary_tensor(f: Binary, a: &Tensor, b: &Tensor) -> Result<Tensor>
     same_dtype(f.name(), &[a, b])?;
     let shape = broadcast_shape(f.name(), a.shape(), b.shape())?;
     let (a, b) = (a.expand(&shape)?, b.expand(&shape)?);
-    match a.device() {
-        Device::Cpu => cpu::elementwise::binary(f, &a, &b),
-    }
+    on_device!(a.device(), elementwise::binary(f, &a, &b))
 }
 
 pub(crate) fn unary_tensor(f: Unary, x: &Tensor) -> Result<Tensor> {
-    match x.device() {
-        Device::Cpu => cpu::elementwise::unary(f, x),
-    }
+    on_device!(x.device(), elementwise::unary(f, x))
 }
 
 /// `dy * f'(x)` in one pass.
 fn unary_backward(f: Unary, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Tensor> {
-    match x.device() {
-        Device::Cpu => cpu::elementwise::unary_backward(f, x, y, dy),
-    }
+    on_device!(x.device(), elementwise::unary_backward(f, x, y, dy))
 }
 
-/// `sum += term`, in place; shapes and dtypes must be equal.
+/// `sum += term`, in place; shapes must be equal, and dtypes, save that an f32 sum takes 16-bit terms.
 pub fn add_assign(sum: &mut Tensor, term: &Tensor) -> Result<()> {
-    same_dtype("add_assign", &[sum, term])?;
+    if sum.dtype() != DType::F32 || !matches!(term.dtype(), DType::BF16 | DType::F16) {
+        same_dtype("add_assign", &[sum, term])?;
+    }
+    same_device("add_assign", &[sum, term])?;
     if sum.shape() != term.shape() {
         return Err(Error::shape("add_assign", format!("shapes {:?} and {:?} differ", sum.shape(), term.shape())));
     }
-    match sum.device() {
-        Device::Cpu => cpu::elementwise::add_assign(sum, term),
-    }
+    on_device!(sum.device(), elementwise::add_assign(sum, term))
 }
 
 fn binary(f: Binary, a: &Var, b: &Var) -> Result<Var> {

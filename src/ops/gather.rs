@@ -1,6 +1,5 @@
 //! Rows picked by index: token embeddings, and selection along any dimension.
 
-use super::cpu;
 use crate::autograd::{Var, record_one};
 use crate::tensor::{DType, Device, Tensor};
 use crate::{Error, Result};
@@ -36,18 +35,15 @@ pub fn index_select(x: &Var, dim: usize, index: &[usize]) -> Result<Var> {
 
 /// Slices `index` of x along `dim`, reshaped to `shape`.
 fn gather(op: &'static str, x: &Var, dim: usize, index: Vec<usize>, shape: &[usize]) -> Result<Var> {
-    let y = match x.value().device() {
-        Device::Cpu => cpu::gather::gather(x.value(), dim, &index)?,
-    };
+    let y = on_device!(x.value().device(), gather::gather(x.value(), dim, &index))?;
     let old = x.shape().to_vec();
     let mut gathered = old.clone();
     gathered[dim] = index.len();
     Ok(record_one(op, &[x], y.reshape(shape)?, move |flow| {
         let dy = flow.output()?.reshape(&gathered)?;
+        let dtype = flow.gradient_dtype(0).unwrap_or(dy.dtype());
         let sum = flow.take_sum(0);
-        let dx = match dy.device() {
-            Device::Cpu => cpu::gather::scatter_add(&dy, dim, &index, &old, sum)?,
-        };
+        let dx = on_device!(dy.device(), gather::scatter_add(&dy, dim, &index, &old, sum, dtype))?;
         flow.put(0, dx);
         Ok(())
     }))
@@ -58,7 +54,8 @@ fn checked_ids(op: &'static str, ids: &Tensor, rows: usize) -> Result<Vec<usize>
     if ids.dtype() != DType::I64 {
         return Err(Error::dtype(op, format!("ids must be i64, got {}", ids.dtype())));
     }
-    let ids = ids.contiguous()?;
+    // ids are checked here, so they are wanted in main memory
+    let ids = ids.to_device(Device::Cpu)?.contiguous()?;
     let index = |(at, &id): (usize, &i64)| match usize::try_from(id) {
         Ok(i) if i < rows => Ok(i),
         _ => Err(Error::index(op, format!("id {id} at position {at} is outside the vocabulary of {rows}"))),

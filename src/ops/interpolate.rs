@@ -6,7 +6,7 @@
 
 use super::cpu;
 use crate::autograd::{Var, record_one};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 /// A sparse matrix by rows: `y[j] = sum of weight * x[column]` over the entries `starts[j]..starts[j + 1]`.
@@ -67,7 +67,5 @@ pub fn interpolate(x: &Var, dim: usize, size: usize) -> Result<Var> {
 }
 
 fn apply(x: &Tensor, dim: usize, matrix: &SparseRows) -> Result<Tensor> {
-    match x.device() {
-        Device::Cpu => cpu::interpolate::apply(x, dim, matrix),
-    }
+    on_device!(x.device(), interpolate::apply(x, dim, matrix))
 }

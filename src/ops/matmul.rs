@@ -1,9 +1,8 @@
 //! Matrix products: `linear` (the layout of weights in checkpoints) and batched `matmul`.
 
-use super::cpu;
 use super::elementwise::{broadcast_shape, same_dtype};
 use crate::autograd::{Var, record_one};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
 
 /// `y = x W^T + bias`: x `[.., I]`, weight `[O, I]`, bias `[O]`, y `[.., O]`.
@@ -30,21 +29,21 @@ pub fn linear(x: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
         Some(b) => Some(b.value().expand(&[rows, o])?.copy()?),
         None => None,
     };
-    let y = gemm(&x2, &w.transpose(0, 1)?, start)?.reshape(&shape)?;
+    let y = gemm(&x2, &w.transpose(0, 1)?, start, w.dtype())?.reshape(&shape)?;
     let (w, x_shape) = (w.clone(), xv.shape().to_vec());
     let mut inputs = vec![x, weight];
     inputs.extend(bias);
     Ok(record_one("linear", &inputs, y, move |flow| {
         let dy = flow.output()?.reshape(&[rows, o])?;
-        if flow.wants(1) {
+        if let Some(dtype) = flow.gradient_dtype(1) {
             let sum = flow.take_sum(1);
-            flow.put(1, gemm(&dy.transpose(0, 1)?, &x2, sum)?);
+            flow.put(1, gemm(&dy.transpose(0, 1)?, &x2, sum, dtype)?);
         }
         if flow.wants(2) {
             flow.give(2, super::reduce::sum_to(&dy, &[o])?)?;
         }
         if flow.wants(0) {
-            flow.give(0, gemm(&dy, &w, None)?.reshape(&x_shape)?)?;
+            flow.give(0, gemm(&dy, &w, None, w.dtype())?.reshape(&x_shape)?)?;
         }
         Ok(())
     }))
@@ -80,17 +79,17 @@ fn matmul_tensor(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let with = |last: [usize; 2]| lead.iter().copied().chain(last).collect::<Vec<_>>();
     if lead.iter().product::<usize>() == 1 {
         // one product: its rows are shared among the threads, where several would each have one
-        return gemm(&a.reshape(&[m, k])?, &b.reshape(&[k, n])?, None)?.reshape(&with([m, n]));
+        return gemm(&a.reshape(&[m, k])?, &b.reshape(&[k, n])?, None, a.dtype())?.reshape(&with([m, n]));
     }
     let (a, b) = (a.expand(&with([m, k]))?, b.expand(&with([k, n]))?);
-    match a.device() {
-        Device::Cpu => cpu::matmul::batched(&a, &b),
-    }
+    on_device!(a.device(), matmul::batched(&a, &b))
 }
 
-/// `start + a b` for two matrices of any strides: a `[m, k]`, b `[k, n]`; `start` `[m, n]` is written in place.
-pub(crate) fn gemm(a: &Tensor, b: &Tensor, start: Option<Tensor>) -> Result<Tensor> {
-    match a.device() {
-        Device::Cpu => cpu::matmul::gemm(a, b, start),
+/// `start + a b` for two matrices of any strides: a `[m, k]`, b `[k, n]`; `start` `[m, n]` is written in place. The result
+/// is kept in `dtype`: that of a and b, or f32, which is also that of `start`.
+pub(crate) fn gemm(a: &Tensor, b: &Tensor, start: Option<Tensor>, dtype: DType) -> Result<Tensor> {
+    if let Some(s) = start.as_ref().filter(|s| s.dtype() != dtype) {
+        return Err(Error::dtype("gemm", format!("cannot add a product in {dtype} to {}", s.dtype())));
     }
+    on_device!(a.device(), matmul::gemm(a, b, start, dtype))
 }

@@ -1,8 +1,7 @@
 //! Maxima. Where elements tie, the one of the lowest index counts; NaN counts as larger than any number.
 
-use super::cpu;
 use crate::autograd::{Var, record_one};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 /// The largest element over `dims`, which stay, as size 1. Backward gives dy to that element (the first, of equals).
@@ -25,14 +24,10 @@ pub fn max(x: &Var, dims: &[usize]) -> Result<Var> {
     if n == 0 {
         return Err(Error::shape("max", format!("no elements over dimensions {dims:?} of shape {:?}", x.shape())));
     }
-    let (y, at) = match x.value().device() {
-        Device::Cpu => cpu::max::forward("max", &permuted.reshape(&[rows, n])?)?,
-    };
+    let (y, at) = on_device!(x.value().device(), max::forward("max", &permuted.reshape(&[rows, n])?))?;
     Ok(record_one("max", &[x], y.reshape(&shape)?, move |flow| {
         let dy = flow.output()?.reshape(&[rows])?;
-        let dx = match dy.device() {
-            Device::Cpu => cpu::max::backward(&dy, &at, n)?,
-        };
+        let dx = on_device!(dy.device(), max::backward(&dy, &at, n))?;
         flow.give(0, dx.reshape(&permuted_shape)?.permute(&inverse)?)
     }))
 }
@@ -42,8 +37,6 @@ pub fn argmax(x: &Tensor) -> Result<Tensor> {
     let Some((&n, lead)) = x.shape().split_last().filter(|(n, _)| **n > 0) else {
         return Err(Error::shape("argmax", format!("no elements in the last dimension of shape {:?}", x.shape())));
     };
-    let at = match x.device() {
-        Device::Cpu => cpu::max::forward("argmax", &x.reshape(&[x.numel() / n, n])?)?.1,
-    };
+    let at = on_device!(x.device(), max::forward("argmax", &x.reshape(&[x.numel() / n, n])?))?.1;
     at.reshape(lead)
 }

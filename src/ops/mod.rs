@@ -4,7 +4,23 @@
 //! Letters: B batch, N tokens, L decoder length, C chunk size, K chunks, S block stride, D width, H heads,
 //! d head width, V vocabulary, M feed-forward width, R rows (all leading dimensions together).
 
+/// Call the implementation for a device: `on_device!(x.device(), rope::rotate(x, table, back))` is `cpu::rope::rotate` or
+/// `cuda::rope::rotate`, twins of one signature.
+macro_rules! on_device {
+    ($device:expr, $($path:ident)::+ ( $($arg:expr),* $(,)? )) => {
+        match $device {
+            $crate::tensor::Device::Cpu => $crate::ops::cpu::$($path)::+($($arg),*),
+            #[cfg(feature = "cuda")]
+            $crate::tensor::Device::Cuda(_) => $crate::ops::cuda::$($path)::+($($arg),*),
+            #[cfg(not(feature = "cuda"))]
+            other => Err($crate::tensor::no_backend(other)),
+        }
+    };
+}
+
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
 
 mod adamw;
 mod attention;
@@ -25,7 +41,7 @@ mod softmax;
 mod swiglu;
 mod write_rows;
 
-pub use adamw::{AdamWSettings, adamw_step, global_norm};
+pub use adamw::{AdamWParam, AdamWSettings, adamw, adamw_step, global_norm};
 pub use attention::{Mask, attention};
 pub use cast::{cast, cast_tensor};
 pub use concat::concat;

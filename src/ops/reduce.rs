@@ -1,15 +1,12 @@
 //! Sums and means.
 
-use super::cpu;
 use crate::autograd::{Var, record_one};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 /// Sum over `dims`, which stay as size 1.
 pub(crate) fn sum_tensor(x: &Tensor, dims: &[usize]) -> Result<Tensor> {
-    match x.device() {
-        Device::Cpu => cpu::reduce::sum(x, dims),
-    }
+    on_device!(x.device(), reduce::sum(x, dims))
 }
 
 /// Sum over the dimensions that broadcasting `shape` to x's shape repeated: the backward of `expand`.

@@ -4,10 +4,9 @@
 //!
 //! Backward, with `g = dy * w` and `m = mean(g * x) * rstd^2`: `dx = rstd * (g - x * m)`, `dw = sum over rows of dy * x * rstd`.
 
-use super::cpu;
 use super::elementwise::same_dtype;
 use crate::autograd::{Flow, Var, record};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 /// `y = rms_norm(x) * weight` over the last dimension: x `[.., D]` (rows of any stride), weight `[D]`, y like x.
@@ -40,16 +39,13 @@ fn forward(op: &'static str, x: &Var, residual: Option<&Var>, weight: &Var, eps:
             return Err(Error::shape(op, format!("x {:?} and residual {:?} differ", x.shape(), r.shape())));
         }
     }
-    let out = match xv.device() {
-        Device::Cpu => cpu::rms_norm::forward(xv, residual.map(Var::value), w, eps)?,
-    };
+    let out = on_device!(xv.device(), rms_norm::forward(xv, residual.map(Var::value), w, eps))?;
     let (h, rstd, wv) = (out.h.clone().unwrap_or_else(|| xv.clone()), out.rstd, w.clone());
     let backward = move |flow: &mut Flow, dh: Option<Tensor>, weight_at: usize| -> Result<Option<Tensor>> {
         let Some(dy) = flow.output_at(0) else { return Ok(dh) };
+        let dtype = flow.gradient_dtype(weight_at).unwrap_or(wv.dtype());
         let sum = flow.take_sum(weight_at);
-        let (dx, dw) = match h.device() {
-            Device::Cpu => cpu::rms_norm::backward(&h, &wv, &rstd, &dy, dh, sum)?,
-        };
+        let (dx, dw) = on_device!(h.device(), rms_norm::backward(&h, &wv, &rstd, &dy, dh, sum, dtype))?;
         flow.put(weight_at, dw);
         Ok(Some(dx))
     };

@@ -4,9 +4,8 @@
 //! `y2 = x2 cos + x1 sin`, with angles `p * base^(-2i/n)`, i < n/2. Elements past n pass unchanged.
 //! Backward is the rotation by the negative angles.
 
-use super::cpu;
 use crate::autograd::{Var, record_one};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 use std::sync::Arc;
 
@@ -95,7 +94,5 @@ pub fn rope(x: &Var, table: &RopeTable) -> Result<Var> {
 }
 
 fn rotate(x: &Tensor, table: &RopeTable, back: bool) -> Result<Tensor> {
-    match x.device() {
-        Device::Cpu => cpu::rope::rotate(x, table, back),
-    }
+    on_device!(x.device(), rope::rotate(x, table, back))
 }

@@ -1,7 +1,6 @@
 //! Choosing next tokens from logits. Has no gradient.
 
-use super::cpu;
-use crate::tensor::{Device, Tensor};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 /// How tokens are chosen. The default is greedy.
@@ -46,7 +45,5 @@ pub fn sample(logits: &Tensor, limit: usize, sampling: &Sampling, uniforms: &[f6
         let n = uniforms.len();
         return Err(Error::shape("sample", format!("{n} random numbers and limit {limit} do not fit logits [{b}, {v}]")));
     }
-    match logits.device() {
-        Device::Cpu => cpu::sample::sample(logits, limit.min(v), sampling, uniforms),
-    }
+    on_device!(logits.device(), sample::sample(logits, limit.min(v), sampling, uniforms))
 }

@@ -3,9 +3,7 @@
 //! With `l = ln sum e^x`: `softmax = e^(x - l)`, `log_softmax = x - l`. Backward, with `p = e^(x - l)`:
 //! `dx = p (dy - sum(dy p))` and `dx = dy - p sum(dy)`. Both save x and l, for `p` from a rounded y would err more.
 
-use super::cpu;
 use crate::autograd::{Var, record_one};
-use crate::tensor::Device;
 use crate::{Error, Result};
 
 /// `e^x / sum e^x` over the last dimension.
@@ -23,15 +21,11 @@ fn normalize(op: &'static str, x: &Var, log: bool) -> Result<Var> {
     if xv.rank() == 0 {
         return Err(Error::shape(op, "needs at least one dimension"));
     }
-    let (y, lse) = match xv.device() {
-        Device::Cpu => cpu::softmax::forward(op, xv, log)?,
-    };
+    let (y, lse) = on_device!(xv.device(), softmax::forward(op, xv, log))?;
     let xv = xv.clone();
     Ok(record_one(op, &[x], y, move |flow| {
         let dy = flow.output()?;
-        let dx = match dy.device() {
-            Device::Cpu => cpu::softmax::backward(op, &xv, &lse, &dy, log)?,
-        };
+        let dx = on_device!(dy.device(), softmax::backward(op, &xv, &lse, &dy, log))?;
         flow.give(0, dx)
     }))
 }

@@ -2,10 +2,8 @@
 //!
 //! Backward, with `s = sigmoid(gate)` computed again: `dgate = dy up s (1 + gate (1 - s))`, `dup = dy gate s`.
 
-use super::cpu;
 use super::elementwise::same_dtype;
 use crate::autograd::{Var, record_one};
-use crate::tensor::Device;
 use crate::{Error, Result};
 
 /// `silu(gate) * up`, elementwise: gate, up and y of one shape, rows of any stride (halves of a joint projection).
@@ -15,15 +13,11 @@ pub fn swiglu(gate: &Var, up: &Var) -> Result<Var> {
     if g.shape() != u.shape() {
         return Err(Error::shape("swiglu", format!("gate {:?} and up {:?} differ", g.shape(), u.shape())));
     }
-    let y = match g.device() {
-        Device::Cpu => cpu::swiglu::forward(g, u)?,
-    };
+    let y = on_device!(g.device(), swiglu::forward(g, u))?;
     let (g, u) = (g.clone(), u.clone());
     Ok(record_one("swiglu", &[gate, up], y, move |flow| {
         let dy = flow.output()?;
-        let (dgate, dup) = match g.device() {
-            Device::Cpu => cpu::swiglu::backward(&g, &u, &dy)?,
-        };
+        let (dgate, dup) = on_device!(g.device(), swiglu::backward(&g, &u, &dy))?;
         flow.give(0, dgate)?;
         flow.give(1, dup)
     }))

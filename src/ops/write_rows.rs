@@ -1,7 +1,6 @@
 //! Writing rows into a larger tensor in place: how a cache grows. Has no gradient.
 
-use super::cpu;
-use crate::tensor::{Device, Tensor};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 /// `target[:, :, at..at+n, :] = rows`: target `[B, H, R, d]`, rows `[B, H, n, d]` of any strides.
@@ -14,7 +13,5 @@ pub fn write_rows(target: &mut Tensor, rows: &Tensor, at: usize) -> Result<()> {
     if !fits || at.checked_add(r[2]).is_none_or(|end| end > t[2]) {
         return Err(Error::shape("write_rows", format!("rows {r:?} at {at} do not fit into {t:?}")));
     }
-    match target.device() {
-        Device::Cpu => cpu::write_rows::write_rows(target, rows, at),
-    }
+    on_device!(target.device(), write_rows::write_rows(target, rows, at))
 }

@@ -3,6 +3,8 @@
 //! A [`Tensor`] is a cheap handle: cloning, reshaping and slicing share storage. Elements are written only through
 //! `&mut Tensor`, which copies first when the storage is shared (copy on write), so a tensor behaves as a value.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod dtype;
 mod layout;
 mod storage;
@@ -10,6 +12,8 @@ mod storage;
 pub use dtype::{DType, Element, Float, Real};
 pub use layout::{Layout, checked_numel};
 pub(crate) use storage::check_memory;
+#[cfg(not(feature = "cuda"))]
+pub(crate) use storage::no_backend;
 pub use storage::{Device, MemoryStats, memory_stats};
 
 use crate::{Error, Result};
@@ -115,19 +119,52 @@ impl Tensor {
                 Some(buffer) => Ok(Self::over(buffer, dtype, shape)),
                 None => Err(storage::no_memory(&format!("a tensor of shape {shape:?}"), n as u128 * dtype.size() as u128)),
             },
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => cuda::zeros(shape, n, dtype, ordinal),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(_) => Err(no_backend(device)),
         }
     }
     /// Every element `value`, without memory for each: one element, repeated by strides of 0.
     pub fn full(value: f64, shape: &[usize], dtype: DType, device: Device) -> Result<Self> {
-        let Device::Cpu = device;
         checked_numel("full", shape)?;
         let one = with_float!(dtype, "full", T => Ok(Self::scalar(T::from_acc(<T as Float>::Acc::of(value)))))?;
-        one.expand(shape)
+        one.to_device(device)?.expand(shape)
     }
     /// An output to be written whole: its elements are unspecified until then.
     pub(crate) fn unspecified(shape: &[usize], dtype: DType) -> Self {
         let n = shape.iter().product();
         Self::over(CpuBuffer::unspecified(dtype, n), dtype, shape)
+    }
+    /// As [`Tensor::unspecified`], on any device.
+    pub(crate) fn empty(shape: &[usize], dtype: DType, device: Device) -> Result<Self> {
+        match device {
+            Device::Cpu => Ok(Self::unspecified(shape, dtype)),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => cuda::empty(shape, dtype, ordinal),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(_) => Err(no_backend(device)),
+        }
+    }
+    /// This tensor on another device, contiguous there; itself where it is there already.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        if self.device() == device {
+            return Ok(self.clone());
+        }
+        let host = match self.device() {
+            Device::Cpu => self.contiguous()?,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => cuda::download(&self.contiguous()?)?,
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(_) => return Err(no_backend(device)),
+        };
+        match device {
+            Device::Cpu => Ok(host),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => cuda::upload(&host, ordinal),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(_) => Err(no_backend(device)),
+        }
     }
     fn over(buffer: CpuBuffer, dtype: DType, shape: &[usize]) -> Self {
         Self { layout: Layout::contiguous(shape), dtype, storage: Arc::new(Storage::Cpu(buffer)) }
@@ -185,6 +222,8 @@ impl Tensor {
         }
         match &*self.storage {
             Storage::Cpu(b) => Ok(b.as_slice()),
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(_) => Err(storage::elsewhere(self.device())),
         }
     }
     /// The elements in row-major order, where they lie so; errors on strided views (see [`Tensor::contiguous`]).
@@ -203,27 +242,40 @@ impl Tensor {
         if T::DTYPE != self.dtype {
             return Err(Error::dtype("as_mut_slice", format!("tensor is {}, asked for {}", self.dtype, T::DTYPE)));
         }
-        if !self.is_contiguous() || Arc::get_mut(&mut self.storage).is_none() {
-            *self = self.copy()?;
-        }
+        self.make_owner()?;
         let (at, n) = (self.layout.offset, self.numel());
+        #[cfg(feature = "cuda")]
+        let device = self.device();
         match Arc::get_mut(&mut self.storage) {
             Some(Storage::Cpu(b)) => Ok(&mut b.as_mut_slice::<T>()[at..at + n]),
+            #[cfg(feature = "cuda")]
+            Some(Storage::Cuda(_)) => Err(storage::elsewhere(device)),
             None => Err(Error::shape("as_mut_slice", "storage is still shared after a copy")),
         }
     }
+    /// Copy first if the storage is shared or the elements are strided: afterwards this tensor may be written.
+    pub(crate) fn make_owner(&mut self) -> Result<()> {
+        if !self.is_contiguous() || Arc::get_mut(&mut self.storage).is_none() {
+            *self = self.copy()?;
+        }
+        Ok(())
+    }
+    /// The elements in row-major order, in main memory.
+    fn on_host(&self) -> Result<Self> {
+        self.to_device(Device::Cpu)?.contiguous()
+    }
     /// The elements in row-major order as a vector of the tensor's own element type.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
-        Ok(self.contiguous()?.as_slice::<T>()?.to_vec())
+        Ok(self.on_host()?.as_slice::<T>()?.to_vec())
     }
     /// The elements in row-major order as f32, whatever float dtype they have.
     pub fn to_f32_vec(&self) -> Result<Vec<f32>> {
-        let c = self.contiguous()?;
+        let c = self.on_host()?;
         with_float!(self.dtype, "to_f32_vec", T => Ok(c.as_slice::<T>()?.iter().map(|x| x.to_acc().f64() as f32).collect()))
     }
     /// The elements in row-major order as f64, whatever float dtype they have.
     pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
-        let c = self.contiguous()?;
+        let c = self.on_host()?;
         with_float!(self.dtype, "to_f64_vec", T => Ok(c.as_slice::<T>()?.iter().map(|x| x.to_acc().f64()).collect()))
     }
     /// The one element of a float scalar (any shape with one element).
@@ -235,7 +287,7 @@ impl Tensor {
     }
     /// The elements' little-endian bytes in row-major order, as files hold them.
     pub fn to_le_bytes(&self) -> Result<Vec<u8>> {
-        let c = self.contiguous()?;
+        let c = self.on_host()?;
         with_element!(self.dtype, "to_le_bytes", T => Ok(bytemuck::cast_slice(c.as_slice::<T>()?).to_vec()))
     }
 
@@ -323,6 +375,10 @@ impl Tensor {
     }
     /// A contiguous copy with storage of its own.
     pub fn copy(&self) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if let Storage::Cuda(_) = &*self.storage {
+            return cuda::copy(self);
+        }
         with_element!(self.dtype, "copy", T => {
             let src = self.storage_slice::<T>()?;
             let mut buffer = CpuBuffer::unspecified(self.dtype, self.numel());

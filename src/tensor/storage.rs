@@ -14,12 +14,61 @@ pub enum Device {
     /// Main memory, computed on by all cores.
     #[default]
     Cpu,
+    /// An NVIDIA GPU, numbered among those that CUDA_VISIBLE_DEVICES leaves visible.
+    Cuda(usize),
+}
+
+impl Device {
+    /// Errors where this device cannot be used: no driver, no such GPU, or a build without CUDA.
+    pub fn check(self) -> crate::Result<()> {
+        match self {
+            Self::Cpu => Ok(()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(n) => crate::cuda::gpu(n).map(drop),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda(_) => Err(no_backend(self)),
+        }
+    }
+    /// Wait until all work submitted to the device is done; errors of earlier kernels appear here.
+    pub fn synchronize(self) -> crate::Result<()> {
+        match self {
+            Self::Cpu => Ok(()),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(n) => crate::cuda::gpu(n)?.synchronize(),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda(_) => Err(no_backend(self)),
+        }
+    }
+    /// Bytes that tensors on the device hold now, held at most so far, and bytes kept for reuse.
+    pub fn memory_stats(self) -> MemoryStats {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(n) => crate::cuda::gpu(n).map_or(MemoryStats::default(), |gpu| {
+                let s = gpu.memory_stats();
+                MemoryStats { current: s.current, peak: s.peak, pooled: s.reserved.saturating_sub(s.current) }
+            }),
+            _ => memory_stats(),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub(super) fn elsewhere(device: Device) -> crate::Error {
+    let detail = "the elements are not in main memory: call to_device(Device::Cpu) first".into();
+    crate::Error::Device { device: device.to_string(), detail }
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn no_backend(device: Device) -> crate::Error {
+    let detail = "this build has no CUDA backend: build with the feature cuda, or use --device cpu".into();
+    crate::Error::Device { device: device.to_string(), detail }
 }
 
 impl std::fmt::Display for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(n) => write!(f, "cuda:{n}"),
         }
     }
 }
@@ -29,11 +78,11 @@ impl std::str::FromStr for Device {
     fn from_str(s: &str) -> crate::Result<Self> {
         match s {
             "cpu" => Ok(Self::Cpu),
-            _ if s == "cuda" || s.starts_with("cuda:") => Err(crate::Error::Device {
-                device: s.into(),
-                detail: "this build has no CUDA backend yet: use --device cpu".into(),
-            }),
-            _ => Err(crate::Error::Usage(format!("unknown device '{s}': use cpu"))),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => match s.strip_prefix("cuda:").and_then(|n| n.parse().ok()) {
+                Some(n) => Ok(Self::Cuda(n)),
+                None => Err(crate::Error::Usage(format!("unknown device '{s}': use cpu, cuda or cuda:N"))),
+            },
         }
     }
 }
@@ -42,12 +91,16 @@ impl std::str::FromStr for Device {
 #[derive(Debug)]
 pub(crate) enum Storage {
     Cpu(CpuBuffer),
+    #[cfg(feature = "cuda")]
+    Cuda(crate::cuda::CudaBuffer),
 }
 
 impl Storage {
     pub fn device(&self) -> Device {
         match self {
             Self::Cpu(_) => Device::Cpu,
+            #[cfg(feature = "cuda")]
+            Self::Cuda(b) => Device::Cuda(b.gpu().ordinal),
         }
     }
 }
@@ -77,7 +130,7 @@ static PEAK: AtomicUsize = AtomicUsize::new(0);
 const POOLED_LINES: usize = 256;
 
 /// Bytes that tensors on the CPU hold now, held at most so far, and bytes kept for reuse.
-#[derive(Clone, Copy, Debug, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct MemoryStats {
     /// Bytes of all tensors now.
     pub current: usize,

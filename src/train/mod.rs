@@ -8,5 +8,5 @@ mod trainer;
 
 pub use config::{MqarConfig, Task, TrainConfig};
 pub use optimizer::Optimizer;
-pub(crate) use trainer::micro_step;
 pub use trainer::{Source, StepReport, Trainer};
+pub(crate) use trainer::{micro_step, prepare};

@@ -1,9 +1,10 @@
 //! AdamW over a model's parameters, with the global norm clipped.
 
 use crate::autograd::Gradients;
-use crate::model::Cat;
-use crate::ops::{self, AdamWSettings};
-use crate::tensor::{DType, Device, Tensor};
+use crate::memory::{Category, counted_as};
+use crate::model::{Cat, Param};
+use crate::ops::{self, AdamWParam, AdamWSettings};
+use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
 
 /// First and second moments, and f32 masters where parameters are 16 bits wide, in the order of `Cat::params_mut`.
@@ -18,8 +19,14 @@ pub struct Optimizer {
 impl Optimizer {
     /// Moments of zero for each parameter, and masters where they are needed.
     pub fn new(model: &Cat) -> Result<Self> {
+        counted_as(Category::Optimizer, || Self::zeroed(model))
+    }
+    fn zeroed(model: &Cat) -> Result<Self> {
         let params = model.params();
-        let zeros = || params.iter().map(|p| Tensor::zeros(p.shape(), DType::F32, Device::Cpu)).collect::<Result<Vec<_>>>();
+        let zeros = || {
+            let like = |p: &Param| Tensor::zeros(p.shape(), DType::F32, p.value().device());
+            params.iter().map(like).collect::<Result<Vec<_>>>()
+        };
         let wide = params.iter().all(|p| matches!(p.dtype(), DType::F32 | DType::F64));
         let master = match wide {
             true => vec![],
@@ -41,25 +48,19 @@ impl Optimizer {
     ) -> Result<f64> {
         let mut params = model.params_mut();
         let taken: Vec<Option<Tensor>> = params.iter().map(|p| grads.take(&p.var)).collect();
-        let norm = ops::global_norm(taken.iter().flatten())?;
+        let mut masters = self.master.iter_mut().map(Some).chain(std::iter::repeat_with(|| None));
+        let mut all = Vec::with_capacity(params.len());
+        for ((p, grad), (m, v)) in params.iter_mut().zip(&taken).zip(self.m.iter_mut().zip(&mut self.v)) {
+            let master = masters.next().flatten();
+            let Some(grad) = grad else { continue };
+            // matrices decay; norm weights and biases do not
+            let weight_decay = if p.shape().len() > 1 { settings.weight_decay } else { 0.0 };
+            all.push(AdamWParam { param: p.value_mut(), grad, m, v, master, weight_decay });
+        }
+        let norm = ops::adamw(&mut all, step, settings, clip)?.item()?;
         if !norm.is_finite() {
             let detail = format!("the gradient of step {step} is not finite: lower the rate, or look at the data");
             return Err(Error::gradient("adamw", detail));
-        }
-        let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
-        for (i, (p, g)) in params.iter_mut().zip(&taken).enumerate() {
-            let Some(g) = g else { continue };
-            // matrices decay; norm weights and biases do not
-            let decay = if p.shape().len() > 1 { settings.weight_decay } else { 0.0 };
-            let settings = AdamWSettings { weight_decay: decay, ..*settings };
-            let (m, v) = (&mut self.m[i], &mut self.v[i]);
-            match self.master.get_mut(i) {
-                None => ops::adamw_step(p.value_mut(), g, m, v, step, &settings, scale)?,
-                Some(master) => {
-                    ops::adamw_step(master, &ops::cast_tensor(g, DType::F32)?, m, v, step, &settings, scale)?;
-                    *p.value_mut() = ops::cast_tensor(master, p.dtype())?;
-                }
-            }
         }
         Ok(norm)
     }

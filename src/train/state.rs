@@ -11,7 +11,7 @@ use crate::data::Tokenizer;
 use crate::data::tokenizer::TOKENIZER_FILE;
 use crate::model::formats::{read_safetensors, write_atomically, write_safetensors};
 use crate::model::{FolderFormat, save};
-use crate::tensor::Tensor;
+use crate::tensor::{Device, Tensor};
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -57,9 +57,13 @@ impl Trainer {
         write_atomically(&path, |w| w.write_all(toml.as_bytes()).map_err(Error::io("write", &path)))
     }
 
-    /// Go on from the state in `dir`. The configuration is the saved one; `adjust` may change it (more steps, another
+    /// Go on from the state in `dir`, on the CPU. The configuration is the saved one; `adjust` may change it (more steps, another
     /// folder), and what it changes must leave the weights' shapes as they are.
     pub fn resume(dir: &Path, adjust: impl FnOnce(TrainConfig) -> Result<TrainConfig>) -> Result<Self> {
+        Self::resume_on(dir, Device::Cpu, adjust)
+    }
+    /// As [`Trainer::resume`], on any device, whichever the state was saved from.
+    pub fn resume_on(dir: &Path, device: Device, adjust: impl FnOnce(TrainConfig) -> Result<TrainConfig>) -> Result<Self> {
         let path = dir.join(STATE);
         let mut file = read_safetensors(&path)?;
         let text = |key: &str| {
@@ -71,10 +75,13 @@ impl Trainer {
         if step.checked_mul(config.grad_accum as u64).is_none_or(|n| n > MAX_MICRO_STEPS) {
             return Err(Error::format(&path, format!("its step {step} is no step that a run can be at")));
         }
-        let mut trainer = Self::new(config)?;
+        let mut trainer = Self::on(config, device)?;
         let mut problems = Vec::new();
         let mut take = |kind: &str, name: &str, into: &mut Tensor| match file.tensors.remove(&format!("{kind}.{name}")) {
-            Some(t) if t.shape() == into.shape() && t.dtype() == into.dtype() => *into = t,
+            Some(t) if t.shape() == into.shape() && t.dtype() == into.dtype() => match t.to_device(into.device()) {
+                Ok(t) => *into = t,
+                Err(e) => problems.push(format!("{kind}.{name}: {e}")),
+            },
             Some(t) => problems.push(format!(
                 "{kind}.{name} is {} {:?}, not {} {:?}",
                 t.dtype(),

@@ -2,12 +2,12 @@
 
 use super::config::{Task, TrainConfig};
 use super::optimizer::Optimizer;
-use crate::autograd::Gradients;
+use crate::autograd::{Gradients, Var};
 use crate::data::{Batch, BatchSampler, Dataset, Mqar, Tokenizer, Windows};
 use crate::eval::{self, Quality};
 use crate::model::{Cat, ForwardOptions};
 use crate::ops::{self, AdamWSettings};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Device, Tensor};
 use crate::{Error, Result};
 use std::time::Instant;
 
@@ -48,6 +48,15 @@ impl Source {
     }
 }
 
+/// Weights of `dtype` with gradients in f32 (f64 for f64): 16 bits would lose what many rows and micro-batches add.
+pub(crate) fn prepare(model: &mut Cat, dtype: DType) -> Result<()> {
+    let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    for p in model.params_mut() {
+        p.var = Var::parameter_with_gradient(ops::cast_tensor(p.value(), dtype)?, wide);
+    }
+    Ok(())
+}
+
 /// What one step did.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct StepReport {
@@ -83,8 +92,13 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Start a run: open the data, draw the weights.
+    /// Start a run on the CPU: open the data, draw the weights.
     pub fn new(config: TrainConfig) -> Result<Self> {
+        Self::on(config, Device::Cpu)
+    }
+    /// As [`Trainer::new`], on any device. Weights are drawn on the CPU, so they are the same everywhere.
+    pub fn on(config: TrainConfig, device: Device) -> Result<Self> {
+        device.check()?;
         let tokenizer = Tokenizer::load(config.tokenizer.as_deref())?;
         let vocab = match config.task {
             Task::Text => tokenizer.vocab_size(),
@@ -94,9 +108,8 @@ impl Trainer {
         config.check(&model_config)?;
         let source = Source::open(&config, &tokenizer)?;
         let mut model = Cat::new(model_config, config.seed)?;
-        for p in model.params_mut() {
-            *p.value_mut() = ops::cast_tensor(p.value(), config.dtype)?;
-        }
+        prepare(&mut model, config.dtype)?;
+        let model = model.to_device(device)?;
         let optimizer = Optimizer::new(&model)?;
         let round = config.round(model.config());
         Ok(Self { config, model, tokenizer, optimizer, source, round, grads: Gradients::default(), step: 0 })
@@ -127,7 +140,7 @@ impl Trainer {
             lr,
             grad_norm,
             tokens_per_s: tokens / start.elapsed().as_secs_f64(),
-            memory: crate::tensor::memory_stats().peak,
+            memory: self.model.device().memory_stats().peak,
         })
     }
     /// Gradients of the step's micro-batches, averaged; returns their mean loss and their chunk sizes.

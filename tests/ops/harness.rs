@@ -1,6 +1,7 @@
 //! What every row of the table is put through. See `main.rs` for how to add a row.
 
-use crate::num::{Array, Bounded, Units, evaluate};
+use crate::devices;
+use crate::num::{Array, Bounded, Evaluated, Units, evaluate};
 use felid::autograd::{GradCheck, Gradients, Var, check_gradients};
 use felid::tensor::{DType, Device, Tensor};
 use felid::{Result, ops};
@@ -164,7 +165,8 @@ fn run(op: &Op, inputs: &[Tensor], times: usize, lay: impl Fn(&Tensor) -> Tensor
         for (i, y) in outputs.iter().enumerate() {
             let n = y.value().numel();
             let seed = Tensor::from_vec((0..n).map(|j| seed(y.dtype(), i, j)).collect(), y.shape())?;
-            seeds.push((y, lay(ops::cast(&seed.into(), y.dtype())?.value())));
+            let seed = ops::cast(&seed.into(), y.dtype())?.value().to_device(y.value().device())?;
+            seeds.push((y, lay(&seed)));
         }
         tape.backward_from(&seeds, &mut grads)?;
     }
@@ -181,61 +183,126 @@ fn check_draw(row: &Row, dims: [usize; 4], seed_value: u64, probes: usize) -> st
         format!("{dtype}, inputs {shapes:?}, {what}: {e}")
     };
 
-    let gradcheck = GradCheck { probes, ..GradCheck::default() };
-    check_gradients(row.name, ops::add_assign, &f64s, gradcheck, &case.op)
-        .map_err(|e| fail(DType::F64, "finite differences", e.to_string()))?;
+    if devices::cpu() {
+        let gradcheck = GradCheck { probes, ..GradCheck::default() };
+        check_gradients(row.name, ops::add_assign, &f64s, gradcheck, &case.op)
+            .map_err(|e| fail(DType::F64, "finite differences", e.to_string()))?;
+    }
 
     for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
         let inputs: Vec<Tensor> = f64s.iter().map(|t| ops::cast(&t.clone().into(), dtype).unwrap().into_value()).collect();
-        let exact: Vec<_> = inputs.iter().map(|t| (t.shape().to_vec(), t.to_f64_vec().unwrap())).collect();
-        let units_in = units(dtype);
-        let out_dtype = if case.loss && dtype != DType::F64 { DType::F32 } else { dtype };
-        let truth = evaluate(units_in, &exact, |i, j| seed(out_dtype, i, j), &case.formula);
-        let ran = |times| run(&case.op, &inputs, times, Tensor::clone).map_err(|e| fail(dtype, "run", e.to_string()));
-
-        let compare = |ran: &Ran, times: f64, what: &str| -> std::result::Result<(), String> {
-            if ran.outputs.len() != truth.outputs.len() {
-                return Err(fail(dtype, what, format!("{} outputs", ran.outputs.len())));
-            }
-            for (i, (y, want)) in ran.outputs.iter().zip(&truth.outputs).enumerate() {
-                close(y, out_dtype, &truth.shapes[i], want, units(out_dtype), 1.0)
-                    .map_err(|e| fail(dtype, what, format!("output {i}: {e}")))?;
-            }
-            for (i, (g, want)) in ran.grads.iter().zip(&truth.grads).enumerate() {
-                close(g, dtype, &exact[i].0, want, units_in, times)
-                    .map_err(|e| fail(dtype, what, format!("gradient {i}: {e}")))?;
-            }
-            Ok(())
-        };
-        let plain = ran(1)?;
-        compare(&plain, 1.0, "formula")?;
-        compare(&ran(2)?, 2.0, "accumulated twice")?;
-
-        let (bits, op) = (plain.bits(), &case.op);
-        for pool in pools() {
-            let threaded = pool.install(|| run(op, &inputs, 1, Tensor::clone).map(|r| r.bits()));
-            if threaded.map_err(|e| fail(dtype, "threads", e.to_string()))? != bits {
-                return Err(fail(dtype, "threads", format!("differs with {}", pool.current_num_threads())));
-            }
+        let truth = Truth::of(&case, dtype, &inputs);
+        if devices::cpu() {
+            check_on_cpu(&case, &truth, &inputs).map_err(|(what, e)| fail(dtype, &what, e))?;
         }
-        for (name, lay) in LAYOUTS {
-            let views: Vec<Tensor> = inputs.iter().map(lay).collect();
-            // expanding repeats elements: compare with a copy of what came out
-            let copies: Vec<Tensor> = views.iter().map(|t| t.copy().unwrap()).collect();
-            let viewed = run(op, &views, 1, lay_same(lay, name)).map_err(|e| fail(dtype, name, e.to_string()))?;
-            if case.sums_as_stored {
-                if name != "expanded" {
-                    compare(&viewed, 1.0, name)?;
-                }
-            } else {
-                let copied = run(op, &copies, 1, Tensor::clone).map_err(|e| fail(dtype, name, e.to_string()))?;
-                if viewed.bits() != copied.bits() {
-                    return Err(fail(dtype, name, "differs from a contiguous copy".into()));
-                }
+        if let Some(cuda) = devices::cuda().filter(|_| dtype != DType::F64) {
+            check_on(cuda, &case, &truth, &inputs)
+                .map(|(cases, share)| devices::report("ops", row.name, dtype, cases, share))
+                .map_err(|(what, e)| fail(dtype, &format!("{cuda}, {what}"), e))?;
+        }
+    }
+    Ok(())
+}
+
+/// Where a check went wrong, and how.
+type Wrong = (String, String);
+
+/// What a formula gives for some inputs, and how much error is allowed.
+struct Truth {
+    dtype: DType,
+    out_dtype: DType,
+    inputs: Vec<Vec<usize>>,
+    of: Evaluated,
+}
+
+impl Truth {
+    fn of(case: &Case, dtype: DType, inputs: &[Tensor]) -> Self {
+        let exact: Vec<_> = inputs.iter().map(|t| (t.shape().to_vec(), t.to_f64_vec().unwrap())).collect();
+        let out_dtype = if case.loss && dtype != DType::F64 { DType::F32 } else { dtype };
+        let of = evaluate(units(dtype), &exact, |i, j| seed(out_dtype, i, j), &case.formula);
+        Self { dtype, out_dtype, inputs: exact.into_iter().map(|(shape, _)| shape).collect(), of }
+    }
+    /// The largest share of its bound that any element uses.
+    fn compare(&self, ran: &Ran, times: f64) -> std::result::Result<f64, String> {
+        if ran.outputs.len() != self.of.outputs.len() {
+            return Err(format!("{} outputs", ran.outputs.len()));
+        }
+        let mut worst = 0f64;
+        for (i, (y, want)) in ran.outputs.iter().zip(&self.of.outputs).enumerate() {
+            let share = close(y, self.out_dtype, &self.of.shapes[i], want, units(self.out_dtype), 1.0)
+                .map_err(|e| format!("output {i}: {e}"))?;
+            worst = worst.max(share);
+        }
+        for (i, (g, want)) in ran.grads.iter().zip(&self.of.grads).enumerate() {
+            let share = close(g, self.dtype, &self.inputs[i], want, units(self.dtype), times)
+                .map_err(|e| format!("gradient {i}: {e}"))?;
+            worst = worst.max(share);
+        }
+        Ok(worst)
+    }
+}
+
+fn check_on_cpu(case: &Case, truth: &Truth, inputs: &[Tensor]) -> std::result::Result<(), Wrong> {
+    let at = |what: &str| {
+        let what = what.to_string();
+        move |e: String| (what, e)
+    };
+    let ran = |times| run(&case.op, inputs, times, Tensor::clone).map_err(|e| at("run")(e.to_string()));
+    let plain = ran(1)?;
+    truth.compare(&plain, 1.0).map_err(at("formula"))?;
+    truth.compare(&ran(2)?, 2.0).map_err(at("accumulated twice"))?;
+
+    let (bits, op) = (plain.bits(), &case.op);
+    for pool in pools() {
+        let threaded = pool.install(|| run(op, inputs, 1, Tensor::clone).map(|r| r.bits()));
+        if threaded.map_err(|e| at("threads")(e.to_string()))? != bits {
+            return Err(at("threads")(format!("differs with {}", pool.current_num_threads())));
+        }
+    }
+    for (name, lay) in LAYOUTS {
+        let views: Vec<Tensor> = inputs.iter().map(lay).collect();
+        // expanding repeats elements: compare with a copy of what came out
+        let copies: Vec<Tensor> = views.iter().map(|t| t.copy().unwrap()).collect();
+        let viewed = run(op, &views, 1, lay_same(lay, name)).map_err(|e| at(name)(e.to_string()))?;
+        if case.sums_as_stored {
+            if name != "expanded" {
+                truth.compare(&viewed, 1.0).map_err(at(name))?;
+            }
+        } else {
+            let copied = run(op, &copies, 1, Tensor::clone).map_err(|e| at(name)(e.to_string()))?;
+            if viewed.bits() != copied.bits() {
+                return Err(at(name)("differs from a contiguous copy".into()));
             }
         }
     }
     Ok(())
+}
+
+/// On another device: the number of comparisons and the largest share of its bound that any element used. Kernels choose
+/// their path by alignment, so views agree with the formula, not with copies in every bit.
+fn check_on(device: Device, case: &Case, truth: &Truth, inputs: &[Tensor]) -> std::result::Result<(usize, f64), Wrong> {
+    let at = |what: &str| {
+        let what = what.to_string();
+        move |e: String| (what, e)
+    };
+    let inputs: Vec<Tensor> =
+        inputs.iter().map(|t| t.to_device(device)).collect::<Result<_>>().map_err(|e| at("copy")(e.to_string()))?;
+    let ran = |times| run(&case.op, &inputs, times, Tensor::clone).map_err(|e| at("run")(e.to_string()));
+    let plain = ran(1)?;
+    let mut worst = truth.compare(&plain, 1.0).map_err(at("formula"))?;
+    if ran(1)?.bits() != plain.bits() {
+        return Err(at("again")("differs from one run to the next".into()));
+    }
+    worst = worst.max(truth.compare(&ran(2)?, 2.0).map_err(at("accumulated twice"))?);
+    for (name, lay) in LAYOUTS {
+        let views: Vec<Tensor> = inputs.iter().map(lay).collect();
+        let viewed = run(&case.op, &views, 1, lay_same(lay, name)).map_err(|e| at(name)(e.to_string()))?;
+        // expanding repeats elements: another truth
+        let repeated = (name == "expanded").then(|| Truth::of(case, truth.dtype, &views));
+        let share = repeated.as_ref().unwrap_or(truth).compare(&viewed, 1.0).map_err(at(name))?;
+        worst = worst.max(share);
+    }
+    Ok((2 + LAYOUTS.len(), worst))
 }
 
 /// Seeds go through the same layout, save those that would change their elements.
@@ -250,6 +317,7 @@ fn pools() -> &'static [rayon::ThreadPool] {
     POOLS.get_or_init(|| [1, 3].map(pool).into())
 }
 
+/// The largest share of its bound that any element uses, where all stay within:
 /// `|got - times * want| <= SLACK * times * (bound of the naive implementation)`, and one rounding for each further sum.
 fn close(
     got: &Tensor,
@@ -258,7 +326,8 @@ fn close(
     want: &[Bounded],
     units: Units,
     times: f64,
-) -> std::result::Result<(), String> {
+) -> std::result::Result<f64, String> {
+    let mut worst = 0f64;
     if got.shape() != shape || got.dtype() != dtype {
         return Err(format!("{:?} {}, expected {shape:?} {dtype}", got.shape(), got.dtype()));
     }
@@ -268,8 +337,11 @@ fn close(
         if error > allowed || error.is_nan() {
             return Err(format!("element {i}: {g}, expected {}, error {error:.2e} over {allowed:.2e}", times * w.value));
         }
+        if allowed > 0.0 {
+            worst = worst.max(error / allowed);
+        }
     }
-    Ok(())
+    Ok(worst)
 }
 
 type Layout = (&'static str, fn(&Tensor) -> Tensor);
@@ -288,7 +360,7 @@ const LAYOUTS: [Layout; 5] = [
         None => t.clone(),
         Some((_, lead)) => {
             let dim = lead.len();
-            let pad = |n: usize| Tensor::full(7.0, &[lead, &[n]].concat(), t.dtype(), Device::Cpu).unwrap().into();
+            let pad = |n: usize| Tensor::full(7.0, &[lead, &[n]].concat(), t.dtype(), t.device()).unwrap().into();
             let wide = ops::concat(&[&pad(3), &t.clone().into(), &pad(2)], dim).unwrap();
             wide.value().narrow(dim, 3, t.shape()[dim]).unwrap()
         }

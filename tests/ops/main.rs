@@ -21,12 +21,16 @@
 //!    within 2 times the error bound of a naive implementation in that dtype (see `num.rs`);
 //! 3. two backward passes into the same gradients, against twice the formula's;
 //! 4. 1 and 3 threads, bit for bit;
-//! 5. strided inputs and output gradients (permuted, narrowed with an offset, every other row, expanded), bit for bit
+//! 5. on a CUDA device, where there is one: 2, 3 and the layouts of 6 in f32, bf16 and f16 within the same bounds, and
+//!    the same bits when run again;
+//! 6. strided inputs and output gradients (permuted, narrowed with an offset, every other row, expanded), bit for bit
 //!    like contiguous copies.
 //!
 //! `Case::new` takes ops with several outputs; `.sums_as_stored()` and `.loss()` are exceptions that say why.
 //! PROPTEST_CASES sets the number of draws.
 
+#[path = "../common/devices.rs"]
+mod devices;
 mod harness;
 mod num;
 

@@ -3,7 +3,7 @@
 //! name the tensor and the problem, see names given twice, and hold for sizes that overflow when added up.
 
 use super::{Checked, TensorFile, decode, dense_bytes, file, shown, write_atomically};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Device, Tensor};
 use crate::{Error, Result, with_element};
 use ::safetensors::{Dtype, tensor::TensorInfo};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
@@ -146,7 +146,7 @@ pub fn write_safetensors(path: &Path, tensors: &[(&str, &Tensor)], metadata: &BT
         put(&(header.len() as u64).to_le_bytes())?;
         put(header.as_bytes())?;
         for (_, t) in &tensors {
-            let t = t.contiguous()?;
+            let t = t.to_device(Device::Cpu)?.contiguous()?;
             with_element!(t.dtype(), "write_safetensors", T => put(bytemuck::cast_slice(t.as_slice::<T>()?)))?;
         }
         Ok(())

@@ -1,8 +1,9 @@
 //! AdamW on the CPU: reads and writes everything once.
 
+use super::cast::cast;
 use super::{simd, sum_over};
-use crate::ops::adamw::AdamWSettings;
-use crate::tensor::{Float, Real, Tensor};
+use crate::ops::adamw::{AdamWParam, AdamWSettings};
+use crate::tensor::{DType, Float, Real, Tensor};
 use crate::{Result, with_float};
 use rayon::prelude::*;
 
@@ -43,6 +44,26 @@ pub(crate) fn step(
         });
         Ok(())
     })
+}
+
+/// A step over all parameters, clipped: the norm of the gradients. Nothing changes where that is not finite.
+pub(crate) fn update(params: &mut [AdamWParam], count: u64, h: &AdamWSettings, clip: f64) -> Result<Tensor> {
+    let squares: Vec<f64> = params.iter().map(|p| square_sum(p.grad)).collect::<Result<_>>()?;
+    let norm = squares.into_iter().sum::<f64>().sqrt();
+    if norm.is_finite() {
+        let scale = if clip > 0.0 && norm > clip { clip / norm } else { 1.0 };
+        for p in params {
+            let h = AdamWSettings { weight_decay: p.weight_decay, ..*h };
+            match &mut p.master {
+                None => step(p.param, &cast(p.grad, p.param.dtype())?, p.m, p.v, count, &h, scale)?,
+                Some(master) => {
+                    step(master, &cast(p.grad, DType::F32)?, p.m, p.v, count, &h, scale)?;
+                    *p.param = cast(master, p.param.dtype())?;
+                }
+            }
+        }
+    }
+    Ok(Tensor::scalar(norm))
 }
 
 /// The sum of squares: lanes of the accumulator type within a task, f64 over tasks, in order.

@@ -4,12 +4,17 @@ use super::elementwise::for_rows;
 use super::simd;
 use super::softmax::{log_sum_exp, row_lse};
 use crate::ops::cross_entropy::Counted;
-use crate::tensor::{Float, Real, Tensor};
+use crate::tensor::{DType, Float, Real, Tensor};
 use crate::{Result, with_float};
 use rayon::prelude::*;
 
-/// `(sum of the counted rows' losses, log-sum-exp of every row)`.
-pub(crate) fn forward(logits: &Tensor, counted: &Counted) -> Result<(f64, Tensor)> {
+/// A loss in the accumulator type of `dtype`.
+pub(crate) fn scalar(loss: f64, dtype: DType) -> Tensor {
+    if dtype == DType::F64 { Tensor::scalar(loss) } else { Tensor::scalar(f32::of(loss)) }
+}
+
+/// `(mean of the counted rows' losses, log-sum-exp of every row)`.
+pub(crate) fn forward(logits: &Tensor, counted: &Counted) -> Result<(Tensor, Tensor)> {
     with_float!(logits.dtype(), "cross_entropy", T => {
         let z = logits.dense_rows()?;
         let lse = row_lse("cross_entropy", &z)?;
@@ -17,13 +22,14 @@ pub(crate) fn forward(logits: &Tensor, counted: &Counted) -> Result<(f64, Tensor
         let loss = |(&r, &label): (&usize, &usize)| {
             ls[r].f64() - src[z.layout().row_offset(r) + label].to_acc().f64()
         };
-        let sum = counted.rows.iter().zip(&counted.labels).map(loss).sum();
-        Ok((sum, lse))
+        let sum: f64 = counted.rows.iter().zip(&counted.labels).map(loss).sum();
+        Ok((scalar(sum / counted.len() as f64, logits.dtype()), lse))
     })
 }
 
-/// `(softmax - onehot) * scale` in counted rows, 0 in others.
-pub(crate) fn backward(logits: &Tensor, lse: &Tensor, counted: &Counted, scale: f64) -> Result<Tensor> {
+/// `(softmax - onehot) * dloss / count` in counted rows, 0 in others.
+pub(crate) fn backward(logits: &Tensor, lse: &Tensor, counted: &Counted, dloss: &Tensor) -> Result<Tensor> {
+    let scale = dloss.item()? / counted.len() as f64;
     with_float!(logits.dtype(), "cross_entropy", T => {
         type A = <T as Float>::Acc;
         let z = logits.dense_rows()?;

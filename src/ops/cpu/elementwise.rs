@@ -105,8 +105,9 @@ pub(crate) fn binary(f: Binary, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// `sum += term`.
+/// `sum += term`; f32 sums take terms of any dtype.
 pub(crate) fn add_assign(sum: &mut Tensor, term: &Tensor) -> Result<()> {
+    let term = super::cast::cast(term, sum.dtype())?;
     with_float!(sum.dtype(), "add_assign", T => {
         let rows = Rows::<T, 1>::new([&term.contiguous()?])?;
         rows.fill(sum.as_mut_slice::<T>()?, |[(term, _)], sum| {
@@ -169,29 +170,4 @@ pub(crate) fn unary_backward(f: Unary, x: &Tensor, y: &Tensor, dy: &Tensor) -> R
         })?;
         Ok(dx)
     })
-}
-
-/// The same elements in another float dtype, rounded to nearest.
-pub(crate) fn cast<S: Float, D: Float>(x: &Tensor) -> Result<Tensor> {
-    let x = x.contiguous()?;
-    let src = x.as_slice::<S>()?;
-    let mut y = Tensor::unspecified(x.shape(), D::DTYPE);
-    let out = y.as_mut_slice::<D>()?;
-    out.par_chunks_mut(16_384).zip(src.par_chunks(16_384)).for_each(|(out, src)| {
-        simd(
-            #[inline(always)]
-            || {
-                for (y, x) in out.iter_mut().zip(src) {
-                    *y = convert(*x);
-                }
-            },
-        )
-    });
-    Ok(y)
-}
-
-/// Through f32 where the wider side is f32, else through f64; both are exact for the narrower types.
-#[inline(always)]
-fn convert<S: Float, D: Float>(x: S) -> D {
-    D::from_acc(<D::Acc as Real>::of(x.to_acc().f64()))
 }

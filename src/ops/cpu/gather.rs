@@ -2,7 +2,7 @@
 
 use super::elementwise::for_rows;
 use super::simd;
-use crate::tensor::{Float, Real, Tensor};
+use crate::tensor::{DType, Float, Real, Tensor};
 use crate::{Result, with_element, with_float};
 
 /// x with dense rows, and a dimension of one behind `dim` if that is the last: so that slices always end in a row.
@@ -35,24 +35,31 @@ pub(crate) fn gather(x: &Tensor, dim: usize, index: &[usize]) -> Result<Tensor> 
     })
 }
 
-/// `sum[o, i, ..] += sum of dy[o, j, ..] over j with index[j] = i`, j ascending; `shape` is that of `sum`.
+/// `sum[o, i, ..] += sum of dy[o, j, ..] over j with index[j] = i`, j ascending; `shape` is that of `sum`, `dtype` its dtype.
 ///
 /// Each slice of the sum has one owner, whatever the threads, and positions are grouped by index beforehand.
-pub(crate) fn scatter_add(dy: &Tensor, dim: usize, index: &[usize], shape: &[usize], sum: Option<Tensor>) -> Result<Tensor> {
+pub(crate) fn scatter_add(
+    dy: &Tensor,
+    dim: usize,
+    index: &[usize],
+    shape: &[usize],
+    sum: Option<Tensor>,
+    dtype: DType,
+) -> Result<Tensor> {
     const TILE: usize = 256;
     let (n, m) = (shape[dim], index.len());
     let (starts, order) = group(index, n);
     let dy = sliced(dy, dim)?;
     let w = dy.last_dim();
     let rows: usize = dy.shape()[dim + 1..dy.rank() - 1].iter().product();
-    with_float!(dy.dtype(), "index_select", T => {
+    let mut dx = match sum {
+        Some(sum) => sum,
+        None => Tensor::zeros(shape, dtype, dy.device())?,
+    };
+    with_float!(dy.dtype(), "index_select", T => with_float!(dtype, "index_select", D => {
         type A = <T as Float>::Acc;
-        let mut dx = match sum {
-            Some(sum) => sum,
-            None => Tensor::zeros(shape, dy.dtype(), dy.device())?,
-        };
         let (src, l) = (dy.storage_slice::<T>()?, dy.layout());
-        for_rows(dx.as_mut_slice::<T>()?, rows * w, |slice, dx| {
+        for_rows(dx.as_mut_slice::<D>()?, rows * w, |slice, dx| {
             let (o, i) = (slice / n, slice % n);
             let from = &order[starts[i]..starts[i + 1]];
             if from.is_empty() {
@@ -69,14 +76,14 @@ pub(crate) fn scatter_add(dy: &Tensor, dim: usize, index: &[usize], shape: &[usi
                             }
                         }
                         for (dx, a) in dx.iter_mut().zip(acc) {
-                            *dx = T::from_acc(dx.to_acc() + a);
+                            *dx = D::from_acc(dx.to_acc() + <D as Float>::Acc::of(a.f64()));
                         }
                     });
                 }
             }
         });
         Ok(dx)
-    })
+    }))
 }
 
 /// Positions grouped by index (a counting sort): those of index i are `order[starts[i]..starts[i + 1]]`, ascending.

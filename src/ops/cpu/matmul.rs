@@ -1,20 +1,22 @@
 //! Matrix products on the CPU through the `gemm` crate, in f32 or f64. 16-bit operands are widened to f32 first, so
 //! products of them accumulate in f32 and round once.
 
-use super::elementwise::cast;
+use super::cast::cast_rows as cast;
 use crate::tensor::{DType, Element, Layout, Tensor};
 use crate::{Error, Result, with_float};
 use gemm::Parallelism;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-/// `start + a b`: a `[m, k]`, b `[k, n]`, any strides.
-pub(crate) fn gemm(a: &Tensor, b: &Tensor, start: Option<Tensor>) -> Result<Tensor> {
-    let d = a.dtype();
-    match d {
+/// `start + a b` in `dtype`: a `[m, k]`, b `[k, n]`, any strides.
+pub(crate) fn gemm(a: &Tensor, b: &Tensor, start: Option<Tensor>, dtype: DType) -> Result<Tensor> {
+    match a.dtype() {
         DType::F32 => product::<f32>(a, b, start),
         DType::F64 => product::<f64>(a, b, start),
-        _ => narrow(product::<f32>(&widen(a)?, &widen(b)?, start.map(|s| widen(&s)).transpose()?)?, d),
+        _ => {
+            let start = start.map(|s| if s.dtype() == DType::F32 { Ok(s) } else { widen(&s) }).transpose()?;
+            narrow(product::<f32>(&widen(a)?, &widen(b)?, start)?, dtype)
+        }
     }
 }
 
@@ -38,6 +40,9 @@ fn widen(x: &Tensor) -> Result<Tensor> {
 }
 
 fn narrow(y: Tensor, d: DType) -> Result<Tensor> {
+    if d == DType::F32 {
+        return Ok(y);
+    }
     with_float!(d, "matmul", T => cast::<f32, T>(&y))
 }
 

@@ -6,11 +6,13 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod cast;
 pub mod concat;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod gather;
 pub mod interpolate;
+pub mod linear_cross_entropy;
 pub mod matmul;
 pub mod max;
 pub mod reduce;

@@ -1,6 +1,5 @@
 //! RMSNorm on the CPU: a row a time, both directions side by side.
 
-use super::elementwise::for_rows;
 use super::{rows_per_task, simd, sum_over};
 use crate::tensor::{DType, Float, Real, Tensor};
 use crate::{Result, with_float};
@@ -59,7 +58,8 @@ pub(crate) fn forward(x: &Tensor, residual: Option<&Tensor>, w: &Tensor, eps: f6
     })
 }
 
-/// `(dx + dh, dw + sum)`: the gradient of the normed rows, and of the weight.
+/// `(dx + dh, dw + sum)`: the gradient of the normed rows, and of the weight, which is kept in `sum_dtype`.
+#[allow(clippy::too_many_arguments)] // what backward needs is what forward had
 pub(crate) fn backward(
     x: &Tensor,
     w: &Tensor,
@@ -67,6 +67,7 @@ pub(crate) fn backward(
     dy: &Tensor,
     dh: Option<Tensor>,
     sum: Option<Tensor>,
+    sum_dtype: DType,
 ) -> Result<(Tensor, Tensor)> {
     with_float!(x.dtype(), "rms_norm", T => {
         type A = <T as Float>::Acc;
@@ -105,13 +106,14 @@ pub(crate) fn backward(
             .collect();
         let mut dw = match sum {
             Some(sum) => sum,
-            None => Tensor::zeros(&[d], x.dtype(), x.device())?,
+            None => Tensor::zeros(&[d], sum_dtype, x.device())?,
         };
-        for_rows(dw.as_mut_slice::<T>()?, d, |_, dw| {
-            for (i, dw) in dw.iter_mut().enumerate() {
-                *dw = T::from_acc(dw.to_acc() + partial.iter().map(|p| p[i]).sum::<A>());
+        with_float!(dw.dtype(), "rms_norm", G => {
+            for (i, dw) in dw.as_mut_slice::<G>()?.iter_mut().enumerate() {
+                let total = A::of(dw.to_acc().f64()) + partial.iter().map(|p| p[i]).sum::<A>();
+                *dw = G::from_acc(<G as Float>::Acc::of(total.f64()));
             }
-        });
-        Ok((dx, dw))
+            Ok((dx, dw))
+        })
     })
 }

@@ -1,0 +1,25 @@
+//! The CUDA runtime: libraries, devices, memory, compiled kernels, launches. Everything that calls the driver is here;
+//! what is computed with it is in `ops/cuda`.
+//!
+//! One stream a device carries all its work, in the order in which it was submitted, so no event guards any buffer.
+//! Nothing here is needed to build Felid: the driver, NVRTC and cuBLASLt are looked for when a device is first asked for,
+//! and what is missing becomes an [`Error`](crate::Error) that lists what was tried and what to do.
+
+mod blas;
+mod copy;
+mod gpu;
+pub mod kernels;
+mod launch;
+pub mod libraries;
+mod memory;
+mod module;
+
+pub use blas::{Gemm, gemm, set_gemm, set_tf32};
+pub(crate) use blas::{Kind, Matrix, Product};
+pub(crate) use copy::copy_strided;
+pub use gpu::{Gpu, Stopwatch, device_count, gpu};
+pub(crate) use launch::{Arg, Grid, View};
+pub(crate) use memory::CudaBuffer;
+pub use memory::CudaMemory;
+pub(crate) use module::Variant;
+pub use module::{CompileReport, cache_folder, compile_for};

@@ -1,0 +1,111 @@
+//! Matrix products on CUDA: by cuBLASLt where it is there, else by Felid's own kernel (`--gemm native` asks for it).
+//! Both accumulate in f32; f32 operands stay f32 unless TF32 was asked for.
+
+use super::gemm_native::native_product;
+use crate::cuda::{self, Gemm, Kind, Matrix, Product, View};
+use crate::tensor::{DType, Tensor};
+use crate::{Error, Result};
+
+fn kind(dtype: DType) -> Result<Kind> {
+    match dtype {
+        DType::F32 => Ok(Kind::F32),
+        DType::BF16 => Ok(Kind::BF16),
+        DType::F16 => Ok(Kind::F16),
+        other => Err(Error::dtype("matmul", format!("needs f32, bf16 or f16 on CUDA, got {other}"))),
+    }
+}
+
+/// The last two dimensions of t as they lie, where one of their strides is 1 and nothing repeats; else `None`.
+fn matrix(t: &Tensor) -> Result<Option<Matrix>> {
+    let r = t.rank();
+    let (rows, cols) = (t.dim(r - 2), t.dim(r - 1));
+    // a stride over one element is never used: call it whatever suits
+    let stride = |d: usize, of: usize| if t.dim(d) <= 1 { of.max(1) } else { t.layout().strides()[d] };
+    let along_rows = (stride(r - 1, 1), stride(r - 2, cols));
+    let along_columns = (stride(r - 2, 1), stride(r - 1, rows));
+    let pointer = t.pointer()?;
+    let of = |leading, by_columns| Some(Matrix { pointer, rows, cols, leading, by_columns, batch_stride: 0 });
+    Ok(match (along_rows, along_columns) {
+        ((1, leading), _) if leading >= cols => of(leading, false),
+        (_, (1, leading)) if leading >= rows => of(leading, true),
+        _ => None,
+    })
+}
+
+/// As [`matrix`], copying where it must. The tensor is the one that the matrix points into.
+fn operand(t: &Tensor) -> Result<(Tensor, Matrix)> {
+    if let Some(m) = matrix(t)? {
+        return Ok((t.clone(), m));
+    }
+    let t = t.copy()?;
+    match matrix(&t)? {
+        Some(m) => Ok((t, m)),
+        None => Err(Error::shape("matmul", format!("a matrix of shape {:?}", t.shape()))),
+    }
+}
+
+/// `start + a b` in `dtype`: a `[m, k]`, b `[k, n]`, any strides.
+pub(crate) fn gemm(a: &Tensor, b: &Tensor, start: Option<Tensor>, dtype: DType) -> Result<Tensor> {
+    let shape = [a.dim(0), b.dim(1)];
+    if a.dim(1) != b.dim(0) || start.as_ref().is_some_and(|s| s.shape() != shape) {
+        let start = start.map(|s| s.shape().to_vec());
+        return Err(Error::shape("gemm", format!("{start:?} + {:?} times {:?} does not fit", a.shape(), b.shape())));
+    }
+    let accumulate = start.is_some();
+    let mut y = match start {
+        Some(start) => start,
+        None if a.dim(1) == 0 => Tensor::zeros(&shape, dtype, a.device())?,
+        None => Tensor::empty(&shape, dtype, a.device())?,
+    };
+    if y.numel() == 0 || a.dim(1) == 0 {
+        return Ok(y);
+    }
+    y.make_owner()?;
+    let ((a, am), (b, bm)) = (operand(a)?, operand(b)?);
+    multiply(&a, &b, am, bm, &mut y, 1, accumulate)?;
+    Ok(y)
+}
+
+/// `a b` over leading dimensions that already agree: a `[.., m, k]`, b `[.., k, n]`.
+pub(crate) fn batched(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let r = a.rank();
+    let mut shape = a.shape().to_vec();
+    shape[r - 1] = b.dim(r - 1);
+    if shape.contains(&0) || a.dim(r - 1) == 0 {
+        return Tensor::zeros(&shape, a.dtype(), a.device());
+    }
+    let mut y = Tensor::empty(&shape, a.dtype(), a.device())?;
+    let batch = shape[..r - 2].iter().product();
+    let ((a, am), (b, bm)) = (in_batch(a)?, in_batch(b)?);
+    multiply(&a, &b, am, bm, &mut y, batch, false)?;
+    Ok(y)
+}
+
+/// An operand whose matrices follow one another by one stride, copied where they do not.
+fn in_batch(t: &Tensor) -> Result<(Tensor, Matrix)> {
+    let lead = t.rank() - 2;
+    let view = View::new("matmul", &t.shape()[..lead], &t.layout().strides()[..lead])?;
+    let mut dims = view.dims();
+    let first = dims.next();
+    let single = first.filter(|_| dims.next().is_none());
+    if let (Some((_, stride)), Some(m)) = (single, matrix(t)?) {
+        return Ok((t.clone(), Matrix { batch_stride: stride, ..m }));
+    }
+    let t = t.copy()?;
+    match matrix(&t)? {
+        Some(m) => Ok((t, Matrix { batch_stride: m.rows * m.cols, ..m })),
+        None => Err(Error::shape("matmul", format!("matrices of shape {:?}", t.shape()))),
+    }
+}
+
+/// `y = a b (+ y)`; y is contiguous and has one owner.
+fn multiply(a: &Tensor, b: &Tensor, am: Matrix, bm: Matrix, y: &mut Tensor, batch: usize, accumulate: bool) -> Result<()> {
+    let gpu = a.gpu()?;
+    let (rows, cols) = (am.rows, bm.cols);
+    let pointer = y.pointer()?;
+    let d = Matrix { pointer, rows, cols, leading: cols, by_columns: false, batch_stride: rows * cols };
+    let product = Product { a: am, b: bm, d, batch, input: kind(a.dtype())?, output: kind(y.dtype())?, accumulate };
+    // SAFETY: a, b and y are alive and as large as their shapes; y is new or owned alone, so it overlaps neither.
+    let done = cuda::gemm() == Gemm::Auto && unsafe { gpu.blas_product(&product)? };
+    if done { Ok(()) } else { native_product(gpu, b, y, &product) }
+}

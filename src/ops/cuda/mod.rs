@@ -1,0 +1,30 @@
+//! Launchers of the CUDA kernels: the twins of `ops/cpu`, with the same names and signatures.
+//!
+//! A launcher brings its arguments into the form that its kernel takes (dense rows, merged dimensions), chooses the grid,
+//! and says why the launch is sound. The mathematics stands in `kernels/<op>.cu`.
+
+pub mod adamw;
+pub mod attention;
+pub mod cast;
+pub mod concat;
+pub mod cross_entropy;
+pub mod elementwise;
+pub mod gather;
+pub mod gemm_native;
+pub mod interpolate;
+pub mod linear_cross_entropy;
+pub mod matmul;
+pub mod max;
+pub mod reduce;
+pub mod rms_norm;
+pub mod rope;
+pub mod sample;
+pub mod softmax;
+pub mod swiglu;
+pub mod write_rows;
+
+use crate::Error;
+
+fn missing(op: &'static str) -> Error {
+    Error::Device { device: "cuda".into(), detail: format!("{op} has no kernel yet") }
+}

@@ -1,0 +1,354 @@
+//! What only a CUDA device can be asked: every kernel loads, large sizes agree with the CPU, models and training agree,
+//! memory is counted and given back, running out is an error. Skipped, with a word, where there is no device.
+#![cfg(feature = "cuda")]
+
+mod common;
+#[path = "common/devices.rs"]
+mod devices;
+
+use common::{KINDS, model};
+use felid::autograd::{Gradients, Var};
+use felid::cuda::gpu;
+use felid::eval::parity::{evaluate, parity, relative_l2};
+use felid::generate::{GenerateOptions, generate};
+use felid::ops;
+use felid::tensor::{DType, Device, Tensor};
+use felid::train::{TrainConfig, Trainer};
+use felid::{Error, Result};
+use std::path::Path;
+
+const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
+fn wave(shape: &[usize], seed: u64) -> Tensor {
+    let n: usize = shape.iter().product();
+    let at = |i: usize| {
+        let h = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed.wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        ((h ^ (h >> 29)).wrapping_mul(0x94d0_49bb_1331_11eb) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    };
+    Tensor::from_vec((0..n).map(at).collect::<Vec<f64>>(), shape).unwrap()
+}
+
+/// Outputs and gradients of an op; output i is seeded with a wave.
+fn run(inputs: &[Tensor], op: &dyn Fn(&[Var]) -> Result<Vec<Var>>) -> Result<Vec<Tensor>> {
+    let vars: Vec<Var> = inputs.iter().map(|t| Var::parameter(t.clone())).collect();
+    let (tape, mut grads) = (ops::tape(), Gradients::default());
+    let ys = tape.record(|| op(&vars))?;
+    let seeds: Vec<_> = ys
+        .iter()
+        .enumerate()
+        .map(|(i, y)| {
+            // 16-bit values in every dtype, so that all see the same
+            let seed = ops::cast_tensor(&ops::cast_tensor(&wave(y.shape(), 77 + i as u64), DType::BF16)?, y.dtype())?;
+            Ok((y, seed.to_device(y.value().device())?))
+        })
+        .collect::<Result<_>>()?;
+    tape.backward_from(&seeds, &mut grads)?;
+    let grads = vars.iter().filter_map(|v| grads.take(v));
+    Ok(ys.iter().map(|y| y.value().clone()).collect::<Vec<_>>().into_iter().chain(grads).collect())
+}
+
+/// An op on CUDA against the CPU in f64, in every dtype. The bound: twice what the CPU errs in that dtype on the same
+/// inputs (for f32 with the same number of roundings in another order), or two roundings of the result where that is
+/// luckier.
+fn agrees(name: &str, shapes: &[&[usize]], op: impl Fn(&[Var]) -> Result<Vec<Var>>) {
+    let Some(cuda) = devices::cuda() else { return };
+    for dtype in FLOATS {
+        let inputs: Vec<Tensor> =
+            shapes.iter().enumerate().map(|(i, s)| ops::cast_tensor(&wave(s, i as u64), dtype).unwrap()).collect();
+        let exact: Vec<Tensor> = inputs.iter().map(|t| ops::cast_tensor(t, DType::F64).unwrap()).collect();
+        let there: Vec<Tensor> = inputs.iter().map(|t| t.to_device(cuda).unwrap()).collect();
+        let (want, here) = (run(&exact, &op).unwrap(), run(&inputs, &op).unwrap());
+        let got = run(&there, &op).unwrap_or_else(|e| panic!("{name} {dtype}: {e}"));
+        let again = run(&there, &op).unwrap();
+        let unit = match dtype {
+            DType::F32 => 2f64.powi(-24),
+            DType::BF16 => 2f64.powi(-9),
+            _ => 2f64.powi(-12),
+        };
+        let mut worst = 0f64;
+        assert_eq!(got.len(), want.len());
+        for (i, ((got, here), want)) in got.iter().zip(&here).zip(&want).enumerate() {
+            assert_eq!((got.shape(), got.dtype()), (here.shape(), here.dtype()), "{name} {dtype} {i}");
+            assert_eq!(got.to_le_bytes().unwrap(), again[i].to_le_bytes().unwrap(), "{name} {dtype} {i}: not deterministic");
+            let (err, naive) = (relative_l2(got, want).unwrap(), relative_l2(here, want).unwrap());
+            let bound = 2.0 * naive.max(unit);
+            assert!(err <= bound, "{name} {dtype} result {i}: {err:.2e} over {bound:.2e}");
+            worst = worst.max(err / bound);
+        }
+        devices::report("large", name, dtype, want.len(), worst);
+    }
+}
+
+fn one(y: Result<Var>) -> Result<Vec<Var>> {
+    Ok(vec![y?])
+}
+
+#[test]
+fn every_symbol_loads() {
+    let Some(Device::Cuda(n)) = devices::cuda() else { return };
+    let (modules, symbols) = gpu(n).unwrap().warm_up().unwrap();
+    assert!(modules > 20 && symbols > modules, "{modules} modules, {symbols} symbols");
+}
+
+#[test]
+fn products_agree() {
+    let linear = |v: &[Var]| one(ops::linear(&v[0], &v[1], None));
+    agrees("linear", &[&[300, 517], &[260, 517]], linear);
+    agrees("linear aligned", &[&[2, 256, 512], &[384, 512]], linear);
+    agrees("linear of one row", &[&[1, 1000], &[600, 1000]], linear);
+    agrees("linear, long sums", &[&[5000, 24], &[40, 24]], linear);
+    agrees("linear with bias", &[&[129, 100], &[65, 100], &[65]], |v| one(ops::linear(&v[0], &v[1], Some(&v[2]))));
+    agrees("matmul batched", &[&[3, 4, 65, 33], &[3, 4, 33, 130]], |v| one(ops::matmul(&v[0], &v[1])));
+    agrees("matmul broadcast", &[&[5, 65, 34], &[34, 70]], |v| one(ops::matmul(&v[0], &v[1])));
+    agrees("matmul of views", &[&[7, 65, 32], &[7, 66, 32]], |v| one(ops::matmul(&v[0], &ops::transpose(&v[1], 1, 2)?)));
+    agrees("matmul of permuted batches", &[&[65, 7, 32], &[32, 66, 7]], |v| {
+        one(ops::matmul(&ops::transpose(&v[0], 0, 1)?, &ops::permute(&v[1], &[2, 0, 1])?))
+    });
+}
+
+#[test]
+fn native_products_agree() {
+    if devices::cuda().is_none() {
+        return;
+    }
+    felid::cuda::set_gemm(felid::cuda::Gemm::Native);
+    let linear = |v: &[Var]| one(ops::linear(&v[0], &v[1], None));
+    agrees("native linear", &[&[300, 517], &[260, 517]], linear);
+    agrees("native linear aligned", &[&[2, 256, 512], &[384, 512]], linear);
+    agrees("native linear of one row", &[&[1, 1000], &[600, 1000]], linear);
+    agrees("native linear, long sums", &[&[5000, 24], &[40, 24]], linear);
+    agrees("native matmul batched", &[&[3, 4, 65, 33], &[3, 4, 33, 130]], |v| one(ops::matmul(&v[0], &v[1])));
+    felid::cuda::set_gemm(felid::cuda::Gemm::Auto);
+}
+
+#[test]
+fn layers_agree() {
+    let ids = |n: usize, below: usize| (0..n).map(|i| ((i * i * 31 + i * 7) % below) as i64).collect::<Vec<_>>();
+    agrees("rms_norm wide", &[&[700, 2048], &[2048]], |v| one(ops::rms_norm(&v[0], &v[1], 1e-5)));
+    agrees("rms_norm heads", &[&[9, 70, 6, 64], &[64]], |v| one(ops::rms_norm(&v[0], &v[1], 1e-5)));
+    agrees("rms_norm of more than a block's width", &[&[5, 9001], &[9001]], |v| one(ops::rms_norm(&v[0], &v[1], 1e-5)));
+    agrees("add_rms_norm wide", &[&[700, 1024], &[700, 1024], &[1024]], |v| {
+        ops::add_rms_norm(&v[0], &v[1], &v[2], 1e-5).map(|(y, h)| vec![y, h])
+    });
+    agrees("swiglu halves", &[&[300, 2 * 704]], |v| {
+        let halves = ops::split(&v[0], 1, &[704, 704])?;
+        one(ops::swiglu(&halves[0], &halves[1]))
+    });
+    let positions: Vec<usize> = (0..333).map(|i| i % 18).collect();
+    let table = ops::RopeTable::new(&positions, 64, 1e4).unwrap();
+    agrees("rope of transposed heads", &[&[2, 333, 4, 64]], |v| one(ops::rope(&ops::transpose(&v[0], 1, 2)?, &table)));
+    let tokens = Tensor::ids(&ids(4000, 301), &[4, 1000]).unwrap();
+    agrees("embedding", &[&[301, 520]], |v| one(ops::embedding(&tokens, &v[0])));
+    let frequent =
+        Tensor::ids(&(0..4000).map(|i| if i % 3 == 0 { i % 50 } else { 7 }).collect::<Vec<_>>(), &[4000]).unwrap();
+    agrees("embedding of a frequent token", &[&[50, 65]], |v| one(ops::embedding(&frequent, &v[0])));
+    let rows: Vec<usize> = (0..900).filter(|i| i % 17 != 3).collect();
+    agrees("index_select rows", &[&[3, 900, 136]], |v| one(ops::index_select(&v[0], 1, &rows)));
+    agrees("interpolate", &[&[130, 4096]], |v| one(ops::interpolate(&v[0], 1, 1024)));
+    agrees("interpolate up", &[&[33, 300]], |v| one(ops::interpolate(&v[0], 1, 777)));
+    agrees("concat", &[&[3, 40, 1, 72], &[1, 72], &[3, 40, 7, 72]], |v| {
+        let row = ops::expand(&ops::reshape(&v[1], &[1, 1, 1, 72])?, &[3, 40, 1, 72])?;
+        one(ops::concat(&[&v[0], &row, &v[2]], 2))
+    });
+    agrees("sum of columns", &[&[5000, 130]], |v| one(ops::sum(&v[0], &[0])));
+    agrees("sum of rows", &[&[130, 5000]], |v| one(ops::sum(&v[0], &[1])));
+    agrees("softmax", &[&[40, 5000]], |v| one(ops::softmax(&v[0])));
+}
+
+#[test]
+fn losses_agree() {
+    let (rows, classes) = (700, 5003);
+    let labels: Vec<i64> = (0..rows).map(|i| if i % 5 == 4 { -100 } else { (i * 977 % classes) as i64 }).collect();
+    let some = Tensor::ids(&labels, &[rows]).unwrap();
+    let all = Tensor::ids(&(0..rows).map(|i| (i * 977 % classes) as i64).collect::<Vec<_>>(), &[rows]).unwrap();
+    for (name, labels) in [("some rows", some), ("all rows", all)] {
+        agrees(&format!("cross_entropy of {name}"), &[&[rows, classes]], |v| one(ops::cross_entropy(&v[0], &labels, -100)));
+        agrees(&format!("linear_cross_entropy of {name}"), &[&[rows, 96], &[classes, 96]], |v| {
+            one(ops::linear_cross_entropy(&v[0], &v[1], &labels, -100))
+        });
+    }
+}
+
+#[test]
+fn samples_are_those_of_the_cpu() {
+    let Some(cuda) = devices::cuda() else { return };
+    let logits = ops::cast_tensor(&wave(&[9, 5000], 3), DType::F32).unwrap();
+    let logits = ops::scale(&logits.into(), 6.0).unwrap().into_value();
+    let uniforms: Vec<f64> = (0..9).map(|i| (i as f64 * 0.618).fract()).collect();
+    for (temperature, top_k, top_p) in
+        [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 40, 1.0), (1.3, 0, 0.9), (0.8, 100, 0.5), (1.0, 1, 1.0)]
+    {
+        for limit in [5000, 300] {
+            let how = ops::Sampling { temperature, top_k, top_p };
+            let want = ops::sample(&logits, limit, &how, &uniforms).unwrap();
+            let got = ops::sample(&logits.to_device(cuda).unwrap(), limit, &how, &uniforms).unwrap();
+            assert_eq!(got, want, "{how:?} {limit}");
+        }
+    }
+}
+
+#[test]
+fn random_models_agree() {
+    let Some(cuda) = devices::cuda() else { return };
+    for kind in KINDS {
+        for seed in 0..6 {
+            let m = model(kind, seed);
+            let c = m.config().clone();
+            let there = m.clone().to_device(cuda).unwrap();
+            let chunk = c.allowed_chunk_sizes().into_iter().nth(seed as usize % 3);
+            let n = c.block_size - seed as usize % 4;
+            let text: Vec<i64> = (0..2 * n).map(|i| (i * 7 + seed as usize) as i64 % c.vocab_size as i64).collect();
+            let text = Tensor::ids(&text, &[2, n]).unwrap();
+            let exact = common::cast(&m, DType::F64);
+            let want = evaluate(&exact, &text, Some(&text), chunk).unwrap();
+            let here = evaluate(&m, &text, Some(&text), chunk).unwrap();
+            let got = evaluate(&there, &text, Some(&text), chunk).unwrap();
+            let naive = relative_l2(&here.logits, &want.logits).unwrap();
+            let off = relative_l2(&got.logits, &want.logits).unwrap();
+            // f32 on both, sums in another order: a few roundings apart at least
+            assert!(off <= 4.0 * naive.max(2f64.powi(-23)), "{kind:?} {seed}: {off:.2e}, the CPU {naive:.2e}");
+            for ((name, g), ((_, h), (_, w))) in got.gradients.iter().zip(here.gradients.iter().zip(&want.gradients)) {
+                let (off, naive) = (relative_l2(g, w).unwrap(), relative_l2(h, w).unwrap());
+                assert!(off <= 8.0 * naive.max(2f64.powi(-22)), "{kind:?} {seed} {name}: {off:.2e}, the CPU {naive:.2e}");
+            }
+            let options = || GenerateOptions { max_new_tokens: n / 2, chunk_size: chunk, ..Default::default() };
+            let prompt = text.narrow(1, 0, n - n / 2).unwrap();
+            let (got, want) = (generate(&there, &prompt, options()).unwrap(), generate(&m, &prompt, options()).unwrap());
+            assert_eq!(got.to_vec::<i64>().unwrap(), want.to_vec::<i64>().unwrap(), "{kind:?} {seed}");
+        }
+    }
+}
+
+#[test]
+fn golden_files_pass() {
+    let Some(cuda) = devices::cuda() else { return };
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden");
+    let dir = if dir.exists() { dir } else { "tests/fixtures/golden".into() };
+    for name in
+        ["transformer.safetensors", "cat_fixed.safetensors", "cat_adaptive.safetensors", "cat_layer.safetensors", "hf_cat"]
+    {
+        for dtype in FLOATS {
+            for c in parity(&dir.join(name), dtype, cuda).unwrap() {
+                assert!(c.pass, "{name} {dtype}: {c:?}");
+                devices::report("parity", name, dtype, 1, c.logits / c.logits_bound);
+            }
+        }
+    }
+}
+
+fn small(dir: &Path, more: &str) -> TrainConfig {
+    let text = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. ".repeat(300);
+    let data = dir.join("text.txt");
+    std::fs::write(&data, text).unwrap();
+    let toml = format!(
+        "preset = 'nano'\ndata = {:?}\nout = {:?}\nbatch_size = 4\nseq_len = 64\nsteps = 40\nwarmup = 4\n{more}",
+        data.display().to_string(),
+        dir.join("run").display().to_string(),
+    );
+    let table = TrainConfig::parse_table(&toml, Path::new("test")).unwrap();
+    TrainConfig::from_table(table, Path::new("test"), "nano").unwrap()
+}
+
+#[test]
+fn training_agrees_with_the_cpu_and_with_itself() {
+    let Some(cuda) = devices::cuda() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let losses = |config: TrainConfig, device: Device| -> Vec<f64> {
+        let mut t = Trainer::on(config, device).unwrap();
+        (0..12).map(|_| t.step().unwrap().loss).collect()
+    };
+    let here = losses(small(dir.path(), ""), Device::Cpu);
+    let there = losses(small(dir.path(), ""), cuda);
+    for (a, b) in here.iter().zip(&there) {
+        assert!((a - b).abs() <= 1e-4 * a, "{here:?} {there:?}");
+    }
+    // the same bits again, with accumulation and recomputation
+    let more = "grad_accum = 2\nrecompute = true\ndtype = 'bf16'";
+    let bits = |l: Vec<f64>| l.into_iter().map(f64::to_bits).collect::<Vec<_>>();
+    let first = losses(small(dir.path(), more), cuda);
+    assert_eq!(bits(first.clone()), bits(losses(small(dir.path(), more), cuda)));
+    let wide = losses(small(dir.path(), "grad_accum = 2"), cuda);
+    for (a, b) in wide.iter().zip(&first) {
+        // bf16 keeps 8 bits: the mean over hundreds of tokens, after some ten roundings each
+        assert!((a - b).abs() <= 10.0 * 2f64.powi(-9) * a, "{wide:?} {first:?}");
+    }
+}
+
+#[test]
+fn checkpoints_move_between_devices() {
+    let Some(cuda) = devices::cuda() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    for dtype in ["f32", "bf16"] {
+        let config = small(dir.path(), &format!("dtype = '{dtype}'"));
+        let mut t = Trainer::on(config.clone(), cuda).unwrap();
+        (0..3).for_each(|_| drop(t.step().unwrap()));
+        t.save().unwrap();
+        let straight: Vec<f64> = (0..3).map(|_| t.step().unwrap().loss).collect();
+        let mut again = Trainer::resume_on(&config.out, cuda, Ok).unwrap();
+        let resumed: Vec<f64> = (0..3).map(|_| again.step().unwrap().loss).collect();
+        assert_eq!(straight, resumed);
+        let mut here = Trainer::resume(&config.out, Ok).unwrap();
+        let moved = here.step().unwrap().loss;
+        let unit = if dtype == "f32" { 1e-4 } else { 10.0 * 2f64.powi(-9) };
+        assert!((moved - straight[0]).abs() <= unit * moved, "{dtype}: {moved} {straight:?}");
+    }
+}
+
+#[test]
+fn memory_is_counted_and_stays_flat() {
+    let Some(cuda) = devices::cuda() else { return };
+    let Device::Cuda(n) = cuda else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut t = Trainer::on(small(dir.path(), "dtype = 'bf16'\nsteps = 1100"), cuda).unwrap();
+    let held = |t: &mut Trainer, steps: usize| {
+        (0..steps).for_each(|_| drop(t.step().unwrap()));
+        gpu(n).unwrap().synchronize().unwrap();
+        gpu(n).unwrap().memory_stats()
+    };
+    let early = held(&mut t, 9);
+    let late = held(&mut t, 999);
+    let of = |s: &felid::cuda::CudaMemory, name: &str| s.by_category.iter().find(|(c, _)| *c == name).map_or(0, |(_, b)| *b);
+    for kind in ["weights", "optimizer"] {
+        assert!(of(&early, kind) > 0);
+    }
+    assert_eq!(of(&early, "optimizer"), of(&late, "optimizer"));
+    println!("{early:?}\n{late:?}");
+}
+
+#[test]
+fn running_out_is_an_error_and_leaves_the_process_usable() {
+    let Some(cuda) = devices::cuda() else { return };
+    let Device::Cuda(n) = cuda else { return };
+    let total = gpu(n).unwrap().total_memory;
+    let held = Tensor::zeros(&[1 << 20], DType::F32, cuda).unwrap();
+    let e = Tensor::zeros(&[total / 4, 2], DType::F32, cuda).unwrap_err();
+    assert!(matches!(e, Error::OutOfMemory { .. }), "{e}");
+    let text = e.to_string();
+    assert!(text.contains("GiB") && text.contains("holds") && !text.contains('\n'), "{text}");
+    assert_eq!(ops::sum_all(&held.into()).unwrap().value().item().unwrap(), 0.0);
+    assert!(Tensor::zeros(&[4], DType::F64, cuda).is_err());
+}
+
+#[test]
+fn mixing_devices_is_an_error() {
+    let Some(cuda) = devices::cuda() else { return };
+    let here: Var = Tensor::zeros(&[2, 2], DType::F32, Device::Cpu).unwrap().into();
+    let there: Var = Tensor::zeros(&[2, 2], DType::F32, cuda).unwrap().into();
+    for r in [ops::add(&here, &there), ops::linear(&here, &there, None), ops::matmul(&there, &here)] {
+        let e = r.unwrap_err();
+        assert!(matches!(e, Error::Device { .. }) && e.to_string().contains("to_device"), "{e}");
+    }
+}
+
+/// Without a device the answer is an error that says what was tried, in one line.
+#[test]
+fn a_missing_device_is_an_error() {
+    if devices::cuda().is_some() {
+        let e = Device::Cuda(999).check().unwrap_err().to_string();
+        assert!(e.contains("numbered from 0"), "{e}");
+        return;
+    }
+    let e = Device::Cuda(0).check().unwrap_err().to_string();
+    assert!(!e.contains('\n') && (e.contains("--device cpu") || e.contains("cuda:0")), "{e}");
+    assert!(Tensor::zeros(&[2], DType::F32, Device::Cuda(0)).is_err());
+}
