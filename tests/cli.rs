@@ -1,6 +1,7 @@
 //! The command as users and scripts see it: output, errors, exit codes.
 
 use felid::model::formats::{read_safetensors, write_safetensors};
+use felid::model::{Cat, FolderFormat, ModelConfig, TransformerConfig, save};
 use felid::tensor::Tensor;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -90,9 +91,16 @@ fn train_generate_logits_convert() {
     assert!(!Path::new(&refused).exists());
 
     let native = path("native");
+    std::fs::write(path("run/generation_config.json"), "{}").unwrap();
     assert!(felid(&["convert", &run, &native, "--to", "native"]).status.success());
+    assert_eq!(std::fs::read(path("native/generation_config.json")).unwrap(), b"{}");
     fails(&["convert", &run, &native, "--to", "native"], 2, &["--overwrite"]);
     assert!(felid(&["convert", &native, &path("hf"), "--to", "hf"]).status.success());
+
+    // a log that cannot be read is not thrown away
+    std::fs::remove_file(path("run/log.jsonl")).unwrap();
+    std::fs::create_dir(path("run/log.jsonl")).unwrap();
+    fails(&["train", &path("tiny.toml"), "--resume"], 1, &["cannot read", "log.jsonl"]);
 }
 
 #[test]
@@ -167,6 +175,13 @@ fn tokenize_writes_shards_and_a_tokenizer() {
     assert_eq!(v["vocab_size"], 280);
     assert!(Path::new(&path("tokens/tokenizer.json")).exists());
     fails(&["tokenize", &path("a.txt"), "--out", &path("tokens")], 2, &["tokens"]);
+    // shards bring their tokenizer: training on them needs no flag
+    let (data, run) = (path("tokens"), path("run"));
+    let small = ["--set", "model.decoder.dim=24", "--set", "model.decoder.n_layer=1", "--set", "model.vocab_size=280"];
+    let how = ["--steps", "1", "--batch-size", "2", "--seq-len", "16", "--set", "final_eval_windows=1"];
+    let out = felid(&[&["train", "--data", &data, "--out", &run][..], &how, &small].concat());
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert!(Path::new(&path("run/tokenizer.json")).exists());
     std::fs::write(path("empty.txt"), "").unwrap();
     fails(&["tokenize", &path("empty.txt"), "--out", &path("none")], 1, &["empty"]);
 }
@@ -194,9 +209,24 @@ fn bad_folders_and_flags() {
     std::fs::write(path("short.txt"), "too short").unwrap();
     fails(&["train", "--data", &path("short.txt"), "--out", &path("r"), "--steps", "1"], 1, &["felid: "]);
     fails(&["train", "--threads", "0"], 2, &["threads"]);
+    fails(&["bench", "train", "--preset", "nano", "--batch-size", "99999999999"], 2, &["99999999999 x 128", "too large"]);
     fails(&["train", "--device", "cuda"], 1, &["--device cpu"]);
     fails(&["train", "--no-such-flag"], 2, &[]);
     fails(&["train", "--set", "nothing_known=1", "--out", &path("r")], 1, &["nothing_known"]);
+}
+
+#[test]
+fn bytes_for_a_larger_vocabulary_are_remarked_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let note = |vocab| {
+        let decoder = TransformerConfig { intermediate_size: Some(8), ..TransformerConfig::new(8, 2, 1, false) };
+        let model = Cat::new(ModelConfig::dense(vocab, 16, decoder), 0).unwrap();
+        save(dir.path(), &model, FolderFormat::Native, None).unwrap();
+        let out = felid(&["generate", "--model", dir.path().to_str().unwrap(), "--prompt", "x", "--max-new-tokens", "2"]);
+        assert!(out.status.success());
+        text(&out.stderr).contains("no tokenizer.json")
+    };
+    assert!(note(300) && !note(256));
 }
 
 #[test]

@@ -87,11 +87,16 @@ fn native_adaptive_models_become_hugging_face_ones() {
     let model = Cat::new(config.clone(), 3).unwrap();
     let dir = tempfile::tempdir().unwrap();
     save(dir.path(), &model, FolderFormat::HuggingFace, None).unwrap();
+    let saved_as = || std::fs::read_to_string(dir.path().join("config.json")).unwrap();
+    assert!(saved_as().contains(r#""torch_dtype": "float32""#));
     let hf = load(dir.path(), None).unwrap().model;
     let ids = Tensor::ids(&(0..21).collect::<Vec<_>>(), &[1, 21]).unwrap();
     for chunk in [1, 2, 4, 8] {
         assert_eq!(logits(&model, &ids, Some(chunk)), logits(&hf, &ids, Some(chunk)));
     }
+    let narrow = load(dir.path(), Some(DType::BF16)).unwrap().model;
+    save(dir.path(), &narrow, FolderFormat::HuggingFace, None).unwrap();
+    assert!(saved_as().contains(r#""torch_dtype": "bfloat16""#));
     let with_norm = ModelConfig { compressor: Some(TransformerConfig::new(16, 2, 1, true)), ..config };
     let refused = save(dir.path(), &Cat::new(with_norm, 3).unwrap(), FolderFormat::HuggingFace, None).unwrap_err();
     assert!(refused.to_string().contains("QK-norm"), "{refused}");

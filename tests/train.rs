@@ -96,6 +96,9 @@ fn bad_settings_are_errors() {
         let c = base.with(table, Path::new("test")).unwrap();
         assert!(Trainer::new(c).is_err(), "{more}");
     }
+    let recall = config(dir.path(), "task = \"mqar\"\nmqar = { vocab_size = 8192, pairs = 4 }");
+    let e = Trainer::new(recall).err().unwrap().to_string();
+    assert!(e.contains("mqar.vocab_size") && e.contains("8192"), "{e}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use crate::model::{Cat, ForwardOptions, ModelConfig};
 use crate::ops::AdamWSettings;
 use crate::random;
 use crate::tensor::{DType, Device, Tensor};
-use crate::train::{Optimizer, micro_step, prepare};
+use crate::train::{MAX_BATCH, Optimizer, micro_step, prepare};
 use crate::{Error, Result};
 use serde::Serialize;
 use std::time::Instant;
@@ -79,6 +79,10 @@ pub fn bench_train(settings: TrainBench, device: Device, peer: Option<(String, V
     let config = ModelConfig::preset(&settings.preset)?;
     if settings.batch == 0 || settings.steps == 0 {
         return Err(Error::Usage("batch and steps must be at least 1".into()));
+    }
+    if settings.batch.checked_mul(settings.tokens).is_none_or(|n| n > MAX_BATCH) {
+        let (b, n) = (settings.batch, settings.tokens);
+        return Err(Error::Usage(format!("batches of {b} x {n} tokens are too large: choose smaller ones")));
     }
     let machine = Machine::measure(device, settings.dtype)?;
     let mut model = Cat::new(config.clone(), 0)?;

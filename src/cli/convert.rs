@@ -2,6 +2,7 @@
 
 use super::{parse_dtype, print};
 use clap::{Args, ValueEnum};
+use felid::model::formats::write_atomically;
 use felid::model::{FolderFormat, load, save};
 use felid::tensor::DType;
 use felid::{Error, Result};
@@ -59,7 +60,10 @@ impl Convert {
             match real(&source) {
                 // copied onto itself, a file would end up empty
                 Some(s) if Some(&s) == real(&target).as_ref() => {}
-                Some(s) => drop(std::fs::copy(s, &target).map_err(io("copy", &target))?),
+                Some(s) => {
+                    let bytes = std::fs::read(&s).map_err(io("read", &source))?;
+                    write_atomically(&target, |w| w.write_all(&bytes).map_err(io("write", &target)))?;
+                }
                 // what an overwritten model left does not belong to this one
                 None if target.exists() => std::fs::remove_file(&target).map_err(io("remove", &target))?,
                 None => {}

@@ -78,6 +78,13 @@ impl Generate {
         }
         let model = load(&self.model, self.dtype)?.model.to_device(device)?;
         let tokenizer = Tokenizer::load(Some(&self.model))?;
+        let vocab_size = model.config().vocab_size;
+        if matches!(tokenizer, Tokenizer::Bytes) && vocab_size > tokenizer.vocab_size() {
+            print::note(&format!(
+                "felid: note: {} has no tokenizer.json: text is taken as bytes, though the model has {vocab_size} ids",
+                self.model.display()
+            ));
+        }
         let ids = tokenizer.encode_bytes(&prompt)?;
         let block_size = model.config().block_size;
         let room = (block_size + 1).saturating_sub(ids.len());

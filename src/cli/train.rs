@@ -13,7 +13,7 @@ use felid::{Error, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use std::fs::File;
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
@@ -294,7 +294,11 @@ impl Log {
             move |source| Error::Io { action, path, source }
         };
         std::fs::create_dir_all(dir).map_err(io("create the folder of"))?;
-        let old = if steps_done > 0 { std::fs::read(&path).unwrap_or_default() } else { Vec::new() };
+        let old = match std::fs::read(&path) {
+            Ok(old) if steps_done > 0 => old,
+            Err(e) if steps_done > 0 && e.kind() != ErrorKind::NotFound => return Err(io("read")(e)),
+            _ => Vec::new(),
+        };
         let old = String::from_utf8_lossy(&old);
         let step_of = |line: &str| {
             let v: serde_json::Value = serde_json::from_str(line).ok()?;
@@ -309,7 +313,8 @@ impl Log {
     }
     fn write(&mut self, value: &serde_json::Value) -> Result<()> {
         let path = self.path.clone();
-        writeln!(self.file, "{value}").map_err(|source| Error::Io { action: "write", path, source })
+        // one write, so that an end at any time leaves whole lines
+        self.file.write_all(format!("{value}\n").as_bytes()).map_err(|source| Error::Io { action: "write", path, source })
     }
     fn quality(&mut self, step: u64, found: &[(Option<usize>, Quality)]) -> Result<()> {
         for (chunk_size, quality) in found {

@@ -148,10 +148,8 @@ impl Golden {
                 (ROUNDED_WEIGHTS_TIMES * y.logits, y.gradients.into_iter().map(wide).collect())
             }
         };
-        // the worst is the one nearest to its bound, or furthest past it
         let bound = |name: &str| bounds.get(name).copied().unwrap_or(0.0);
-        let share = |(name, e): (&String, &f64)| e / bound(name);
-        let worst = errors.gradients.iter().max_by(|a, b| share(*a).total_cmp(&share(*b)));
+        let worst = worst(&errors.gradients, bound);
         let (ids, chunk_size) = (self.need(i, "input_ids")?, self.cases[i].chunk_size);
         let generated_agree = match self.find(i, "generated") {
             None => None,
@@ -180,6 +178,13 @@ impl Golden {
             pass,
         })
     }
+}
+
+/// The error nearest to its bound, or furthest past it. One of 0 is within any bound, one of 0 included: where no
+/// gradient flows, rounded weights make no error either.
+fn worst(errors: &BTreeMap<String, f64>, bound: impl Fn(&str) -> f64) -> Option<(&String, &f64)> {
+    let share = |(name, e): (&String, &f64)| if *e == 0.0 { 0.0 } else { e / bound(name) };
+    errors.iter().max_by(|a, b| share(*a).total_cmp(&share(*b)))
 }
 
 /// Logits of some ids; with labels also the loss and all gradients.
@@ -218,4 +223,17 @@ pub fn relative_l2(a: &Tensor, b: &Tensor) -> Result<f64> {
     let off = a.iter().zip(&b).map(|(x, y)| (x - y) * (x - y)).sum::<f64>().sqrt();
     let error = if norm > 0.0 { off / norm } else { off };
     Ok(if error.is_nan() { f64::INFINITY } else { error })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_zero_hides_no_other() {
+        let all = |e: [(&str, f64); 3]| BTreeMap::from(e.map(|(n, e)| (n.to_string(), e)));
+        let (errors, bounds) = (all([("a", 0.0), ("b", 0.2), ("c", 0.3)]), all([("a", 0.0), ("b", 0.1), ("c", 0.2)]));
+        assert_eq!(worst(&errors, |n| bounds[n]).unwrap().0, "b");
+        assert!(worst(&BTreeMap::new(), |_| 0.0).is_none());
+    }
 }

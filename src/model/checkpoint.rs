@@ -90,11 +90,13 @@ fn mixed_float(tensors: &BTreeMap<String, Tensor>) -> Option<DType> {
 
 /// Write a model folder: complete new weights appear under their names before anything old goes.
 pub fn save(dir: &Path, model: &Cat, format: FolderFormat, chunk_step: Option<i64>) -> Result<()> {
+    let values: Vec<(String, Tensor)> = model.params().into_iter().map(|p| (p.name, p.var.into_value())).collect();
     let config = match format {
         FolderFormat::Native => serde_json::to_value(model.config()).map_err(|e| Error::config(e.to_string()))?,
-        FolderFormat::HuggingFace => hf::config_to_hf(model.config())?,
+        FolderFormat::HuggingFace => {
+            hf::config_to_hf(model.config(), values.first().map_or(DType::F32, |(_, t)| t.dtype()))?
+        }
     };
-    let values = model.params().into_iter().map(|p| (p.name, p.var.into_value())).collect();
     let mut tensors = rename(model.config(), format, values)?;
     if format == FolderFormat::HuggingFace {
         tensors.push((hf::STEP_NAME.into(), Tensor::scalar(chunk_step.unwrap_or(0))));

@@ -293,7 +293,7 @@ impl ModelConfig {
     pub fn table_row(&self, c: usize) -> usize {
         match self.chunk_sizes {
             _ if self.model_type != ModelType::CatAdaptive => 0,
-            ChunkSizes::PowersOfTwo => c.ilog2() as usize,
+            ChunkSizes::PowersOfTwo => c.max(1).ilog2() as usize,
             ChunkSizes::Any => c,
         }
     }
@@ -367,7 +367,9 @@ mod tests {
         }
         assert_eq!(ModelConfig::preset("paper-1b").unwrap().training_chunk_sizes(), [4, 8, 16, 32]);
         assert_eq!(ModelConfig::preset("nano").unwrap().training_chunk_sizes(), [4, 8, 16]);
-        assert!(matches!(ModelConfig::preset("nano").unwrap().resolve_chunk_size(Some(3)), Err(Error::ChunkSize { .. })));
+        let nano = ModelConfig::preset("nano").unwrap();
+        assert!(matches!(nano.resolve_chunk_size(Some(3)), Err(Error::ChunkSize { .. })));
+        assert_eq!(ModelConfig { chunk_size: Some(0), ..nano }.table_rows(), 1, "no panic before check has refused it");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::config::{ChunkSizes, ModelConfig, ModelType, TransformerConfig, swiglu_width};
 use super::param::{Parts, misfit};
 use crate::ops::concat_tensors;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -73,7 +73,8 @@ pub(super) fn config_from_hf(c: &Map<String, Value>) -> Result<ModelConfig> {
 }
 
 /// The Hugging Face form of a native config; an error says which feature that form cannot express.
-pub(super) fn config_to_hf(c: &ModelConfig) -> Result<Value> {
+/// `dtype` is that of the weights.
+pub(super) fn config_to_hf(c: &ModelConfig, dtype: DType) -> Result<Value> {
     let refuse = |why: &str| Err(Error::config(format!("the Hugging Face form cannot express this model: {why}")));
     let (ModelType::CatAdaptive, Some(f), Some(chunk)) = (c.model_type, &c.compressor, c.chunk_size) else {
         return refuse("it is not an adaptive CAT");
@@ -117,7 +118,12 @@ pub(super) fn config_to_hf(c: &ModelConfig) -> Result<Value> {
         "norm_eps": d.norm_eps,
         "vocab_size": c.vocab_rows(),
         "tie_word_embeddings": false,
-        "torch_dtype": "float32",
+        "torch_dtype": match dtype {
+            DType::BF16 => "bfloat16",
+            DType::F16 => "float16",
+            DType::F64 => "float64",
+            _ => "float32",
+        },
     }))
 }
 

@@ -185,7 +185,10 @@ impl TrainConfig {
         };
         if m.vocab_size < vocab_size {
             let have = m.vocab_size;
-            return Err(Error::config(format!("the tokenizer has {vocab_size} ids, model.vocab_size is only {have}")));
+            let what = if self.task == Task::Mqar { "the recall task (mqar.vocab_size)" } else { "the tokenizer" };
+            return Err(Error::config(format!(
+                "{what} has {vocab_size} ids, model.vocab_size is only {have}: make it as large"
+            )));
         }
         m.padded_vocab_size = Some(m.vocab_rows());
         fill_width(&mut m.decoder);
@@ -250,7 +253,7 @@ impl TrainConfig {
 }
 
 /// Tokens of a micro-batch, and micro-batches of a run: beyond these, numbers are mistakes.
-const MAX_BATCH: usize = 1 << 28;
+pub(crate) const MAX_BATCH: usize = 1 << 28;
 pub(super) const MAX_MICRO_STEPS: u64 = 1 << 53;
 
 fn bad_toml(path: &Path, e: &dyn std::fmt::Display) -> Error {

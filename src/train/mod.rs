@@ -6,6 +6,7 @@ mod optimizer;
 mod state;
 mod trainer;
 
+pub(crate) use config::MAX_BATCH;
 pub use config::{MqarConfig, Task, TrainConfig};
 pub use optimizer::Optimizer;
 pub use trainer::{Source, StepReport, Trainer};

@@ -99,7 +99,9 @@ impl Trainer {
     /// As [`Trainer::new`], on any device. Weights are drawn on the CPU, so they are the same everywhere.
     pub fn on(config: TrainConfig, device: Device) -> Result<Self> {
         device.check()?;
-        let tokenizer = Tokenizer::load(config.tokenizer.as_deref())?;
+        // a folder of shards brings the tokenizer that made them
+        let shards = Some(config.data.as_path()).filter(|d| config.task == Task::Text && d.is_dir());
+        let tokenizer = Tokenizer::load(config.tokenizer.as_deref().or(shards))?;
         let vocab = match config.task {
             Task::Text => tokenizer.vocab_size(),
             Task::Mqar => config.mqar.vocab_size,

@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod naive;
+pub mod rough;
 
 use felid::model::{Cat, ChunkSizes, LayerType, ModelConfig, ModelType, TransformerConfig};
 use felid::ops::cast_tensor;

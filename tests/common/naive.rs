@@ -1,11 +1,14 @@
 //! Every model once more, written as the formulas stand, in float64, one sequence at a time: whole chunks padded with
 //! id 0, every row of the decoder's sequence, and an explicit boolean mask. Nothing here is shared with `src/model`
 //! but the names of parameters and config fields.
+//!
+//! Run with roundings drawn at random ([`super::rough`]) it also says how far off such an implementation may be.
 
+use super::rough::{Real, dot};
 use felid::model::{Cat, ChunkSizes, LayerType, ModelConfig, ModelType, TransformerConfig};
 use std::collections::BTreeMap;
 
-type Rows = Vec<Vec<f64>>;
+type Rows = Vec<Vec<Real>>;
 
 pub struct Naive {
     c: ModelConfig,
@@ -24,17 +27,17 @@ struct Heads {
 }
 
 fn add(a: &Rows, b: &Rows) -> Rows {
-    a.iter().zip(b).map(|(a, b)| a.iter().zip(b).map(|(x, y)| x + y).collect()).collect()
+    a.iter().zip(b).map(|(a, b)| a.iter().zip(b).map(|(&x, &y)| x + y).collect()).collect()
 }
-fn rms(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
-    let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
-    x.iter().zip(weight).map(|(x, w)| x / (mean + eps).sqrt() * w).collect()
+fn rms(x: &[Real], weight: &[Real], eps: f64) -> Vec<Real> {
+    let mean = dot(x, x) / Real(x.len() as f64);
+    x.iter().zip(weight).map(|(&x, &w)| x / (mean + Real(eps)).sqrt() * w).collect()
 }
 /// `x' = x cos + concat(-x2, x1) sin` on the first n elements, the angles repeated twice.
-fn rope(x: &mut [f64], n: usize, position: usize, base: f64) {
+fn rope(x: &mut [Real], n: usize, position: usize, base: f64) {
     let old = x.to_vec();
     for i in 0..n {
-        let angle = position as f64 * base.powf(-2.0 * (i % (n / 2)) as f64 / n as f64);
+        let angle = Real(position as f64 * base.powf(-2.0 * (i % (n / 2)) as f64 / n as f64));
         let turned = if i < n / 2 { -old[i + n / 2] } else { old[i - n / 2] };
         x[i] = old[i] * angle.cos() + turned * angle.sin();
     }
@@ -42,22 +45,22 @@ fn rope(x: &mut [f64], n: usize, position: usize, base: f64) {
 /// Section 3: column j of `[out, n]` reads x = max(0, (j + 1/2) r - 1/2) of the wider table.
 fn resize(w: &Rows, n: usize) -> Rows {
     let from = w[0].len();
-    let column = |row: &Vec<f64>, j: usize| {
+    let column = |row: &Vec<Real>, j: usize| {
         let x = ((j as f64 + 0.5) * from as f64 / n as f64 - 0.5).max(0.0);
         let (i, t) = (x.floor() as usize, x - x.floor());
-        (1.0 - t) * row[i] + t * row[(i + 1).min(from - 1)]
+        Real(1.0 - t) * row[i] + Real(t) * row[(i + 1).min(from - 1)]
     };
     w.iter().map(|row| (0..n).map(|j| column(row, j)).collect()).collect()
 }
 fn product(x: &Rows, w: &Rows) -> Rows {
-    x.iter().map(|x| w.iter().map(|w| x.iter().zip(w).map(|(a, b)| a * b).sum()).collect()).collect()
+    x.iter().map(|x| w.iter().map(|w| dot(x, w)).collect()).collect()
 }
 
 impl Naive {
     pub fn new(model: &Cat) -> Self {
         let rows = |p: felid::model::Param| {
             let (flat, width) = (p.value().to_f64_vec().unwrap(), *p.shape().last().unwrap());
-            (p.name, flat.chunks(width).map(<[f64]>::to_vec).collect())
+            (p.name, flat.chunks(width).map(|row| row.iter().copied().map(Real).collect()).collect())
         };
         Self { c: model.config().clone(), w: model.params().into_iter().map(rows).collect() }
     }
@@ -84,10 +87,10 @@ impl Naive {
     fn attention(&self, x: &Rows, at: &str, s: &Heads, positions: &[usize], mask: &[Vec<bool>]) -> Rows {
         let mut qkv = self.linear(x, &format!("{at}wqkv.weight"));
         if let Some(bias) = self.w.get(&format!("{at}wqkv.bias")) {
-            qkv.iter_mut().for_each(|row| row.iter_mut().zip(&bias[0]).for_each(|(x, b)| *x += b));
+            qkv.iter_mut().for_each(|row| row.iter_mut().zip(&bias[0]).for_each(|(x, &b)| *x = *x + b));
         }
         let part = |first: usize, head: usize, norm: Option<&str>, turn: bool| -> Rows {
-            let one = |(row, &p): (&Vec<f64>, &usize)| {
+            let one = |(row, &p): (&Vec<Real>, &usize)| {
                 let mut y = row[(first + head) * s.d..(first + head + 1) * s.d].to_vec();
                 if let Some(w) = norm.and_then(|n| self.w.get(&format!("{at}{n}.weight"))) {
                     y = rms(&y, &w[0], s.eps);
@@ -106,10 +109,11 @@ impl Naive {
             let k = part(s.h, kv, Some("k_norm"), true);
             let v = part(s.h + s.hkv, kv, None, false);
             for (i, q) in q.iter().enumerate() {
-                let score = |k: &Vec<f64>| q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>() / (s.d as f64).sqrt();
-                let e: Vec<f64> = k.iter().zip(&mask[i]).map(|(k, &see)| if see { score(k).exp() } else { 0.0 }).collect();
-                let sum: f64 = e.iter().sum();
-                out[i].extend((0..s.d).map(|c| e.iter().zip(&v).map(|(e, v)| e / sum * v[c]).sum::<f64>()));
+                let score = |k: &Vec<Real>| dot(q, k) / Real(s.d as f64).sqrt();
+                let weight = |(k, &see)| if see { score(k).exp() } else { Real(0.0) };
+                let e: Vec<Real> = k.iter().zip(&mask[i]).map(weight).collect();
+                let sum: Real = e.iter().copied().sum();
+                out[i].extend((0..s.d).map(|c| e.iter().zip(&v).map(|(&e, v)| e / sum * v[c]).sum::<Real>()));
             }
         }
         self.linear(&out, &format!("{at}wo.weight"))
@@ -123,26 +127,26 @@ impl Naive {
             let n = self.norm(&h, &format!("{layer}ffn_norm.weight"), t.norm_eps);
             let gate = self.linear(&n, &format!("{layer}feed_forward.fc_1.weight"));
             let up = self.linear(&n, &format!("{layer}feed_forward.fc_2.weight"));
-            let silu = |x: f64| x / (1.0 + (-x).exp());
-            let hidden = gate.iter().zip(&up).map(|(g, u)| g.iter().zip(u).map(|(g, u)| silu(*g) * u).collect()).collect();
+            let silu = |x: Real| x / (Real(1.0) + (-x).exp());
+            let hidden = gate.iter().zip(&up).map(|(g, u)| g.iter().zip(u).map(|(&g, &u)| silu(g) * u).collect()).collect();
             x = add(&h, &self.linear(&hidden, &format!("{layer}feed_forward.proj.weight")));
         }
         self.norm(&x, &format!("{at}norm.weight"), t.norm_eps)
     }
 
     /// Representation of chunk k, sections 2 and 3.
-    fn compress(&self, tokens: &[i64], k: usize, table_row: Option<usize>) -> Vec<f64> {
+    fn compress(&self, tokens: &[i64], k: usize, table_row: Option<usize>) -> Vec<Real> {
         let t = self.c.compressor.as_ref().unwrap();
         let mut x: Rows = table_row.map(|r| self.get("f.adaptive_token.weight")[r].clone()).into_iter().collect();
         // the padded last chunk may have no place of its own; no output that is kept depends on it
         let places = self.get("f.pos_tokens.weight");
-        x.push(places.get(k).cloned().unwrap_or_else(|| vec![0.0; t.dim]));
+        x.push(places.get(k).cloned().unwrap_or_else(|| vec![Real(0.0); t.dim]));
         let header = x.len();
         x.extend(self.embed(tokens, "f.wte.weight"));
         let (len, s) = (x.len(), self.heads(t));
         let (positions, mask): (Vec<usize>, _) = ((0..len).collect(), vec![vec![true; len]; len]);
         let mix = |i: usize, x: &Rows| self.attention(x, &format!("f.layers.{i}.attention."), &s, &positions, &mask);
-        let flat: Vec<f64> = self.stack(x, "f.", t, mix)[header..].concat();
+        let flat: Vec<Real> = self.stack(x, "f.", t, mix)[header..].concat();
         let proj = resize(self.get("f.proj_fx.weight"), flat.len());
         product(&vec![flat], &proj).remove(0)
     }
@@ -168,9 +172,9 @@ impl Naive {
         let w = self.get(&format!("{at}compressor.weight"));
         let w = if self.c.adaptive_layers { resize(w, chunk * t.dim) } else { w.clone() };
         let bias = &self.get(&format!("{at}compressor.bias"))[0];
-        let fx = |c: usize| -> Vec<f64> {
+        let fx = |c: usize| -> Vec<Real> {
             let y = product(&vec![x[c * chunk..(c + 1) * chunk].concat()], &w).remove(0);
-            y.iter().zip(bias).map(|(y, b)| y + b).collect()
+            y.iter().zip(bias).map(|(&y, &b)| y + b).collect()
         };
         let expanded = self.linear(x, &format!("{at}expand.weight"));
         let mut seq = self.get(&format!("{at}dummy_fx.weight")).clone();
@@ -187,7 +191,21 @@ impl Naive {
     }
 
     /// Logits `[N][V]` of one sequence.
-    pub fn logits(&self, ids: &[i64], chunk: Option<usize>) -> Rows {
+    pub fn logits(&self, ids: &[i64], chunk: Option<usize>) -> Vec<Vec<f64>> {
+        self.run(ids, chunk).into_iter().map(|row| row.into_iter().map(|x| x.0).collect()).collect()
+    }
+    /// Mean cross-entropy of `labels`, ids or negative, given the decoder's output, rows of D.
+    pub fn loss(&self, hidden: &[f64], labels: &[i64]) -> f64 {
+        let rows = hidden.chunks(self.c.decoder.dim).map(|row| row.iter().copied().map(Real).collect()).collect();
+        let one = |(row, &label): (&Vec<Real>, &i64)| {
+            let at = usize::try_from(label).ok()?;
+            Some(row.iter().map(|l| l.exp()).sum::<Real>().ln() + -row[at])
+        };
+        let each: Vec<Real> = self.linear(&rows, "output.weight").iter().zip(labels).filter_map(one).collect();
+        (each.iter().copied().sum::<Real>() / Real(each.len() as f64)).0
+    }
+
+    fn run(&self, ids: &[i64], chunk: Option<usize>) -> Rows {
         let t = &self.c.decoder;
         let s = self.heads(t);
         let hidden = match self.c.model_type {
