@@ -175,21 +175,3 @@ DEVICE void load_stats(u32 to, const float *from, const Attention &a, const Plac
     copy4(to + r * 4, from + (in ? stat_at(a, p, head, first + r) : 0), in);
   }
 }
-
-// ---- sums of what the splits found ----
-
-// dk, dv of slots: the sum over splits, in order, of partial [2, splits, B, slots, Hkv, d]. A split whose rows all come
-// before a slot has written nothing for it. Grid (x, 2): dk, dv.
-KERNEL attention_backward_sum(const float *partial, T *dk, T *dv, Attention a) {
-  const int slots = (int)((a.lk + a.stride - 1) / a.stride);
-  const i64 row = a.heads / a.group * a.d, n = a.batch * slots * row;
-  partial += blockIdx.y * a.splits * n;
-  T *out = blockIdx.y == 0 ? dk : dv;
-  for (i64 i = thread_index(); i < n; i += thread_count()) {
-    const i64 r = i / row, b = r / slots;
-    const int j = (int)(r - b * slots);
-    float sum = 0.0f;
-    for (i64 s = seeing_slot(a, j).lo / a.split_rows; s < a.splits; s++) sum += partial[s * n + i];
-    out[(b * a.lk + j * a.stride) * row + (i - r * row)] = from_f32<T>(sum);
-  }
-}

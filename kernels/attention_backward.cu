@@ -11,7 +11,7 @@
 //   row_tiles * H * B blocks (B is 1 under PACKED); shared: (2*ROWS + 2*STAGES*KEYS) * PITCH elements, 2*ROWS floats.
 // - attention_backward_keys, after it: a tile of keys past the rows that see them, of all query heads of the group.
 //   local = 0: ROWS slots, key_tiles * splits * PARTS * Hkv * B blocks; with splits > 1 sums go to `partial`, f32
-//   [2, splits, B, slots, Hkv, d], for attention_backward_sum. local = 1: local keys, row_tiles * PARTS * Hkv * B blocks.
+//   [2, splits, B, slots, Hkv, d], for attention_sum.cu (d even then). local = 1: local keys, row_tiles * PARTS * Hkv * B blocks.
 //   shared: (2*ROWS + 2*STAGES*KEYS) * PITCH elements, 2*STAGES*KEYS floats.
 // P and dS are rounded to T before their products. dq, dk, dv lie as [B, L, heads, d] and are overwritten.
 #include "attention_mma.cuh"
@@ -299,7 +299,7 @@ attention_backward_keys(const T *q, const T *k, const T *v, const T *dy, const f
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++) {
           const int x = part * COLUMNS + n * 8 + (lane & 3) * 2;
-          if (x < a.d) { // d is even
+          if (x < a.d) { // splits are for even d only
             *reinterpret_cast<float2 *>(to + x) = make_float2(acc_k[m][n][2 * h] * scale_of(a), acc_k[m][n][2 * h + 1] * scale_of(a));
             *reinterpret_cast<float2 *>(to + a.splits * all + x) = make_float2(acc_v[m][n][2 * h], acc_v[m][n][2 * h + 1]);
           }

@@ -78,11 +78,16 @@ impl View {
     }
 }
 
+/// Fields that a block of parameters has at most.
+const WORDS: usize = 32;
+
 /// An argument of a kernel. Integers are passed as 64 bits; a kernel that takes 32 reads the low half.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Arg {
     Word(u64),
     View(View),
+    /// A block of parameters by value: a struct of 64-bit fields, at most as many as this has.
+    Words([u64; WORDS]),
 }
 
 impl From<usize> for Arg {
@@ -115,6 +120,12 @@ impl From<View> for Arg {
         Self::View(x)
     }
 }
+impl<const N: usize> From<[u64; N]> for Arg {
+    fn from(x: [u64; N]) -> Self {
+        const { assert!(N <= WORDS) };
+        Self::Words(std::array::from_fn(|i| x.get(i).copied().unwrap_or(0)))
+    }
+}
 
 impl Gpu {
     /// Submit a kernel. A grid without blocks is no work, and none is done.
@@ -142,6 +153,7 @@ impl Gpu {
             .map(|a| match a {
                 Arg::Word(w) => (w as *const u64).cast_mut().cast(),
                 Arg::View(v) => (v as *const View).cast_mut().cast(),
+                Arg::Words(w) => w.as_ptr().cast_mut().cast(),
             })
             .collect();
         let three = |n: [usize; 3]| (n[0] as u32, n[1] as u32, n[2] as u32);
