@@ -51,6 +51,76 @@ template <typename D> DEVICE Pack<D> load_pack(const D *p) { return *reinterpret
 template <typename D> DEVICE void store_pack(D *p, const Pack<D> &v) { *reinterpret_cast<Pack<D> *>(p) = v; }
 DEVICE bool aligned16(const void *p) { return (reinterpret_cast<u64>(p) & 15) == 0; }
 
+// ---- 16 bytes of a row as words: N elements, unpacked when they are used ----
+
+struct alignas(16) Words { u32 w[4]; };
+
+// Modules that move rows this way exist twice: compiled with PACKED=1 for rows that begin and end on 16 bytes, and with
+// PACKED=0 for others, whose elements come one by one. Each thread has the same elements in both, so results do not depend
+// on alignment.
+#ifndef PACKED
+#define PACKED 1
+#endif
+
+// The words at column `at` of a row of d elements: zeros past its end.
+template <typename D> DEVICE Words load_words(const D *row, i64 at, i64 d) {
+  Words v = {};
+  if constexpr (PACKED) {
+    if (at < d) v = *reinterpret_cast<const Words *>(row + at);
+  } else if constexpr (sizeof(D) == 4) {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (at + j < d) v.w[j] = __float_as_uint(row[at + j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+      if (at + j < d) v.w[j / 2] |= (u32)row[at + j].bits << (j % 2 * 16);
+  }
+  return v;
+}
+template <typename D> DEVICE void store_words(D *row, i64 at, i64 d, const Words &v) {
+  if constexpr (PACKED) {
+    if (at < d) *reinterpret_cast<Words *>(row + at) = v;
+  } else if constexpr (sizeof(D) == 4) {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (at + j < d) row[at + j] = __uint_as_float(v.w[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+      if (at + j < d) row[at + j].bits = (u16)(v.w[j / 2] >> (j % 2 * 16));
+  }
+}
+
+// Words as the N = 16 / sizeof(D) numbers that they hold.
+template <typename D> struct Floats { float x[16 / sizeof(D)]; };
+template <typename D> DEVICE Floats<D> unpacked(const Words &v) {
+  Floats<D> f;
+  if constexpr (sizeof(D) == 4) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) f.x[j] = __uint_as_float(v.w[j]);
+  } else if constexpr (Same<D, bf16>::value) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      f.x[2 * j] = __uint_as_float(v.w[j] << 16);
+      f.x[2 * j + 1] = __uint_as_float(v.w[j] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; j++) f.x[j] = to_f32(D{(u16)(v.w[j / 2] >> (j % 2 * 16))});
+  }
+  return f;
+}
+template <typename D> DEVICE Words packed(const Floats<D> &f) {
+  Words v;
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    if constexpr (sizeof(D) == 4) v.w[j] = __float_as_uint(f.x[j]);
+    else v.w[j] = pack2<D>(f.x[2 * j], f.x[2 * j + 1]);
+  }
+  return v;
+}
+
 // ---- reductions: the order of additions is fixed by the block's size ----
 
 DEVICE float warp_sum(float x) {
@@ -61,6 +131,11 @@ DEVICE float warp_sum(float x) {
 DEVICE float warp_max(float x) {
 #pragma unroll
   for (int o = 16; o > 0; o >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, o));
+  return x;
+}
+// Sum over groups of `lanes` neighbouring threads of a warp, a power of two; all of the warp takes part.
+DEVICE float lanes_sum(float x, int lanes) {
+  for (int o = lanes >> 1; o > 0; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
   return x;
 }
 // Sum over the whole (one-dimensional) block, returned to every thread. `shared` holds at least 32 floats; the block

@@ -2,86 +2,23 @@
 //! memory is counted and given back, running out is an error. Skipped, with a word, where there is no device.
 #![cfg(feature = "cuda")]
 
+#[path = "common/agree.rs"]
+mod agree;
 mod common;
 #[path = "common/devices.rs"]
 mod devices;
 
+use agree::{FLOATS, agrees, one, wave};
 use common::{KINDS, model};
-use felid::autograd::{Gradients, Var};
+use felid::Error;
+use felid::autograd::Var;
 use felid::cuda::gpu;
 use felid::eval::parity::{evaluate, parity, relative_l2};
 use felid::generate::{GenerateOptions, generate};
 use felid::ops;
 use felid::tensor::{DType, Device, Tensor};
 use felid::train::{TrainConfig, Trainer};
-use felid::{Error, Result};
 use std::path::Path;
-
-const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
-
-fn wave(shape: &[usize], seed: u64) -> Tensor {
-    let n: usize = shape.iter().product();
-    let at = |i: usize| {
-        let h = (i as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed.wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        ((h ^ (h >> 29)).wrapping_mul(0x94d0_49bb_1331_11eb) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-    };
-    Tensor::from_vec((0..n).map(at).collect::<Vec<f64>>(), shape).unwrap()
-}
-
-/// Outputs and gradients of an op; output i is seeded with a wave.
-fn run(inputs: &[Tensor], op: &dyn Fn(&[Var]) -> Result<Vec<Var>>) -> Result<Vec<Tensor>> {
-    let vars: Vec<Var> = inputs.iter().map(|t| Var::parameter(t.clone())).collect();
-    let (tape, mut grads) = (ops::tape(), Gradients::default());
-    let ys = tape.record(|| op(&vars))?;
-    let seeds: Vec<_> = ys
-        .iter()
-        .enumerate()
-        .map(|(i, y)| {
-            // 16-bit values in every dtype, so that all see the same
-            let seed = ops::cast_tensor(&ops::cast_tensor(&wave(y.shape(), 77 + i as u64), DType::BF16)?, y.dtype())?;
-            Ok((y, seed.to_device(y.value().device())?))
-        })
-        .collect::<Result<_>>()?;
-    tape.backward_from(&seeds, &mut grads)?;
-    let grads = vars.iter().filter_map(|v| grads.take(v));
-    Ok(ys.iter().map(|y| y.value().clone()).collect::<Vec<_>>().into_iter().chain(grads).collect())
-}
-
-/// An op on CUDA against the CPU in f64, in every dtype. The bound: twice what the CPU errs in that dtype on the same
-/// inputs (for f32 with the same number of roundings in another order), or two roundings of the result where that is
-/// luckier.
-fn agrees(name: &str, shapes: &[&[usize]], op: impl Fn(&[Var]) -> Result<Vec<Var>>) {
-    let Some(cuda) = devices::cuda() else { return };
-    for dtype in FLOATS {
-        let inputs: Vec<Tensor> =
-            shapes.iter().enumerate().map(|(i, s)| ops::cast_tensor(&wave(s, i as u64), dtype).unwrap()).collect();
-        let exact: Vec<Tensor> = inputs.iter().map(|t| ops::cast_tensor(t, DType::F64).unwrap()).collect();
-        let there: Vec<Tensor> = inputs.iter().map(|t| t.to_device(cuda).unwrap()).collect();
-        let (want, here) = (run(&exact, &op).unwrap(), run(&inputs, &op).unwrap());
-        let got = run(&there, &op).unwrap_or_else(|e| panic!("{name} {dtype}: {e}"));
-        let again = run(&there, &op).unwrap();
-        let unit = match dtype {
-            DType::F32 => 2f64.powi(-24),
-            DType::BF16 => 2f64.powi(-9),
-            _ => 2f64.powi(-12),
-        };
-        let mut worst = 0f64;
-        assert_eq!(got.len(), want.len());
-        for (i, ((got, here), want)) in got.iter().zip(&here).zip(&want).enumerate() {
-            assert_eq!((got.shape(), got.dtype()), (here.shape(), here.dtype()), "{name} {dtype} {i}");
-            assert_eq!(got.to_le_bytes().unwrap(), again[i].to_le_bytes().unwrap(), "{name} {dtype} {i}: not deterministic");
-            let (err, naive) = (relative_l2(got, want).unwrap(), relative_l2(here, want).unwrap());
-            let bound = 2.0 * naive.max(unit);
-            assert!(err <= bound, "{name} {dtype} result {i}: {err:.2e} over {bound:.2e}");
-            worst = worst.max(err / bound);
-        }
-        devices::report("large", name, dtype, want.len(), worst);
-    }
-}
-
-fn one(y: Result<Var>) -> Result<Vec<Var>> {
-    Ok(vec![y?])
-}
 
 #[test]
 fn every_symbol_loads() {
@@ -104,21 +41,6 @@ fn products_agree() {
     agrees("matmul of permuted batches", &[&[65, 7, 32], &[32, 66, 7]], |v| {
         one(ops::matmul(&ops::transpose(&v[0], 0, 1)?, &ops::permute(&v[1], &[2, 0, 1])?))
     });
-}
-
-#[test]
-fn native_products_agree() {
-    if devices::cuda().is_none() {
-        return;
-    }
-    felid::cuda::set_gemm(felid::cuda::Gemm::Native);
-    let linear = |v: &[Var]| one(ops::linear(&v[0], &v[1], None));
-    agrees("native linear", &[&[300, 517], &[260, 517]], linear);
-    agrees("native linear aligned", &[&[2, 256, 512], &[384, 512]], linear);
-    agrees("native linear of one row", &[&[1, 1000], &[600, 1000]], linear);
-    agrees("native linear, long sums", &[&[5000, 24], &[40, 24]], linear);
-    agrees("native matmul batched", &[&[3, 4, 65, 33], &[3, 4, 33, 130]], |v| one(ops::matmul(&v[0], &v[1])));
-    felid::cuda::set_gemm(felid::cuda::Gemm::Auto);
 }
 
 #[test]
@@ -185,6 +107,137 @@ fn samples_are_those_of_the_cpu() {
             assert_eq!(got, want, "{how:?} {limit}");
         }
     }
+}
+
+/// Ties, in 16 bits too, and rows that leave no choice.
+#[test]
+fn samples_among_equals_are_those_of_the_cpu() {
+    let Some(cuda) = devices::cuda() else { return };
+    let (rows, v) = (24, 1501);
+    let mut logits: Vec<f32> =
+        wave(&[rows, v], 5).to_f64_vec().unwrap().iter().map(|x| (x * 8.0).round() as f32 / 2.0).collect();
+    logits[..v].fill(f32::NEG_INFINITY);
+    logits[v + 700] = f32::INFINITY;
+    logits[2 * v..3 * v].fill(1.5);
+    for i in 0..v {
+        (logits[3 * v + i], logits[4 * v + i]) = (if i % 2 == 0 { f32::NAN } else { 0.0 }, [0.0, -0.0][i % 2]);
+    }
+    logits[5 * v..6 * v].fill(f32::NAN);
+    let logits = Tensor::from_vec(logits, &[rows, v]).unwrap();
+    let uniforms: Vec<f64> = (0..rows).map(|i| (i as f64 * 0.618).fract()).collect();
+    for dtype in FLOATS {
+        let here = ops::cast_tensor(&logits, dtype).unwrap();
+        let there = here.to_device(cuda).unwrap();
+        for temperature in [0.0, 0.3, 1.0, 40.0] {
+            for (top_k, top_p) in [(0, 1.0), (1, 1.0), (7, 1.0), (200, 1.0), (0, 0.2), (0, 0.95), (50, 0.6), (v, 1e-9)] {
+                for limit in [v, 1000, 33, 1] {
+                    let how = ops::Sampling { temperature, top_k, top_p };
+                    let want = ops::sample(&here, limit, &how, &uniforms).unwrap();
+                    assert_eq!(ops::sample(&there, limit, &how, &uniforms).unwrap(), want, "{dtype} {how:?} {limit}");
+                }
+            }
+        }
+    }
+}
+
+type Lay = fn(&Tensor) -> Result<Tensor>;
+
+/// Views of a tensor [6, 33, 40].
+const VIEWS: [Lay; 9] = [
+    |t| Ok(t.clone()),
+    |t| t.permute(&[2, 1, 0]),
+    |t| t.permute(&[1, 0, 2]),
+    |t| t.transpose(1, 2),
+    |t| t.narrow(2, 3, 17)?.transpose(0, 2),
+    |t| t.narrow(2, 8, 16),
+    |t| t.narrow(1, 1, 31)?.narrow(0, 5, 1)?.transpose(0, 2),
+    |t| t.narrow(1, 4, 1)?.expand(&[6, 9, 40]),
+    |t| t.narrow(2, 4, 1)?.expand(&[6, 33, 24]),
+];
+
+/// Copies, joins, selections and rows written in place: the same elements as on the CPU, in every bit.
+#[test]
+fn moves_are_exact() {
+    let Some(cuda) = devices::cuda() else { return };
+    let ids: Vec<i64> = (0..6 * 33 * 40).collect();
+    let ids = Tensor::ids(&ids, &[6, 33, 40]).unwrap();
+    let floats = FLOATS.map(|d| ops::cast_tensor(&wave(&[6, 33, 40], 9), d).unwrap());
+    let bytes = |t: &Tensor| (t.shape().to_vec(), t.to_le_bytes().unwrap());
+    for whole in floats.iter().chain([&ids]) {
+        let there = whole.to_device(cuda).unwrap();
+        for (n, lay) in VIEWS.iter().enumerate() {
+            let (a, b) = (lay(whole).unwrap(), lay(&there).unwrap());
+            let same = |what: &str, f: &dyn Fn(&Tensor) -> Result<Tensor>| {
+                let (here, there) = (f(&a).unwrap(), f(&b).unwrap());
+                assert_eq!(bytes(&here), bytes(&there), "{what} of view {n}, {}", a.dtype());
+            };
+            same("copy", &Tensor::copy);
+            for dim in 0..3 {
+                same("concat", &|t| {
+                    let (t, one) = (Var::constant(t.clone()), Var::constant(t.narrow(dim, 0, 1)?));
+                    Ok(ops::concat(&[&one, &t, &t, &one], dim)?.into_value())
+                });
+                same("index_select", &|t| {
+                    let index: Vec<usize> = (0..50).map(|i| i * i % t.shape()[dim]).collect();
+                    Ok(ops::index_select(&Var::constant(t.clone()), dim, &index)?.into_value())
+                });
+            }
+            same("write_rows", &|t| {
+                let &[h, r, d] = t.shape() else { unreachable!() };
+                let rows = t.reshape(&[1, h, r, d])?;
+                let mut cache = Tensor::from_vec(vec![7i64; h * (r + 5) * d], &[1, h, r + 5, d])?;
+                if t.dtype() != DType::I64 {
+                    cache = Tensor::full(7.0, cache.shape(), t.dtype(), Device::Cpu)?;
+                }
+                let mut cache = cache.to_device(t.device())?.copy()?;
+                ops::write_rows(&mut cache, &rows, 2)?;
+                ops::write_rows(&mut cache, &rows.narrow(2, 0, 1)?, r + 3)?;
+                Ok(cache)
+            });
+        }
+    }
+}
+
+/// The first of equals, and of NaNs, in rows that a warp takes and rows that a block takes.
+#[test]
+fn maxima_are_those_of_the_cpu() {
+    let Some(cuda) = devices::cuda() else { return };
+    for n in [1, 5, 700, 5000] {
+        let mut values: Vec<f32> =
+            wave(&[9, n], 4).to_f64_vec().unwrap().iter().map(|x| (x * 20.0).round() as f32 / 8.0).collect();
+        values[n / 2..n].fill(f32::NEG_INFINITY);
+        values[n..2 * n].fill(f32::NEG_INFINITY);
+        (values[2 * n + n / 3], values[3 * n - 1]) = (f32::NAN, f32::NAN);
+        let x = Tensor::from_vec(values, &[9, n]).unwrap();
+        for dtype in FLOATS {
+            for transposed in [false, true] {
+                let lay = |t: &Tensor| if transposed { t.transpose(0, 1) } else { Ok(t.clone()) };
+                let here = lay(&ops::cast_tensor(&x, dtype).unwrap()).unwrap();
+                let there = lay(&ops::cast_tensor(&x, dtype).unwrap().to_device(cuda).unwrap()).unwrap();
+                let (want, got) = (ops::argmax(&here).unwrap(), ops::argmax(&there).unwrap());
+                assert_eq!(got.to_vec::<i64>().unwrap(), want.to_vec::<i64>().unwrap(), "{dtype} {n} {transposed}");
+                let largest = |t: &Tensor| ops::max(&t.clone().into(), &[1]).unwrap().into_value().to_f64_vec().unwrap();
+                // any NaN is as good as another
+                let bits = |v: Vec<f64>| v.iter().map(|x| (!x.is_nan()).then(|| x.to_bits())).collect::<Vec<_>>();
+                assert_eq!(bits(largest(&there)), bits(largest(&here)), "{dtype} {n} {transposed}");
+            }
+        }
+    }
+}
+
+/// Sums of every pair of dimensions of a large view, and gradients of repeated rows summed into f32.
+#[test]
+fn reductions_agree() {
+    for dims in [vec![0], vec![1], vec![2], vec![0, 1], vec![0, 2], vec![1, 2], vec![0, 1, 2], vec![]] {
+        agrees(&format!("sum over {dims:?}"), &[&[37, 90, 65]], |v| one(ops::sum(&v[0], &dims)));
+        agrees(&format!("sum over {dims:?} of a permuted view"), &[&[65, 37, 90]], |v| {
+            one(ops::sum(&ops::permute(&v[0], &[1, 2, 0])?, &dims))
+        });
+    }
+    agrees("sum of everything", &[&[300, 2048]], |v| one(ops::sum_all(&v[0])));
+    agrees("sum of narrow columns", &[&[20_000, 3]], |v| one(ops::sum(&v[0], &[0])));
+    agrees("log_softmax", &[&[40, 5003]], |v| one(ops::log_softmax(&v[0])));
+    agrees("silu of a broadcast product", &[&[40, 1, 72], &[33, 1]], |v| one(ops::silu(&ops::mul(&v[0], &v[1])?)));
 }
 
 #[test]

@@ -124,6 +124,8 @@ pub(super) struct Blas {
     handle: Handle,
     workspace: CudaBuffer,
     algorithms: Mutex<HashMap<Key, Option<sys::cublasLtMatmulAlgo_t>>>,
+    /// Held while a product is submitted: one of several kernels must not be parted from its workspace by another's.
+    submitting: Mutex<()>,
 }
 
 /// Destroys descriptions however a call ends.
@@ -164,7 +166,7 @@ impl Gpu {
         self.bind()?;
         let handle = Handle(lt::create_handle().map_err(|e| self.refused("cannot start", e))?);
         let workspace = counted_as(Category::Other, || CudaBuffer::new(self, WORKSPACE))?;
-        Ok(cell.get_or_init(|| Blas { handle, workspace, algorithms: Mutex::default() }))
+        Ok(cell.get_or_init(|| Blas { handle, workspace, algorithms: Mutex::default(), submitting: Mutex::default() }))
     }
     fn refused(&self, what: &str, e: lt::CublasError) -> Error {
         Error::Device { device: format!("cuda:{}", self.ordinal), detail: format!("cuBLASLt {what}: {e}") }
@@ -186,6 +188,7 @@ impl Gpu {
         let Some(algorithm) = blas.algorithm(p, tf32, &d).map_err(failed)? else { return Ok(false) };
         let (one, beta) = (1f32, if p.accumulate { 1f32 } else { 0f32 });
         self.bind()?;
+        let _submitting = blas.submitting.lock().unwrap_or_else(|e| e.into_inner());
         // SAFETY: descriptions and algorithm fit each other; the matrices are the caller's obligation; the workspace is
         // used on this stream only, in order.
         unsafe {

@@ -8,6 +8,7 @@ pub(super) const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("../../kernels/attention.cuh")),
     ("attention_mma.cuh", include_str!("../../kernels/attention_mma.cuh")),
     ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("rows.cuh", include_str!("../../kernels/rows.cuh")),
 ];
 
 /// `file: [element types] [other defines, one a variant] => entry points`. For each file a module of that name, with a
@@ -43,5 +44,25 @@ kernels! {
         => attention_forward, attention_backward_rows, attention_backward_keys;
     attention_sum: ["float" "bf16" "f16"] [] => attention_backward_sum;
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
-    copy: ["float" "bf16" "f16" "i64"] [] => copy_strided, copy_packed;
+    adamw: ["float" "bf16" "f16"] [] => adamw_squares, adamw_norm, adamw_update;
+    cross_entropy: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => cross_entropy, cross_entropy_backward,
+        cross_entropy_in_place, cross_entropy_mean;
+    linear_cross_entropy: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => linear_cross_entropy_scale,
+        linear_cross_entropy_rows;
+    rms_norm: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => rms_norm_1, rms_norm_2, rms_norm_4, rms_norm_8,
+        rms_norm_long, rms_norm_backward_short, rms_norm_backward_1, rms_norm_backward_2, rms_norm_backward_long,
+        rms_norm_weight;
+    rope: ["float" "bf16" "f16"] [] => rope_packed, rope_single;
+    swiglu: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => swiglu, swiglu_backward;
+    copy: ["float" "bf16" "f16" "i64"] [] => copy_strided, copy_packed, copy_transposed;
+    elementwise: ["float" "bf16" "f16"] [] => binary, binary_packed, unary, unary_packed, add_to_same, add_to_float,
+        add_to_same_packed, add_to_float_packed;
+    gather: ["float" "bf16" "f16" "i64"] [] => gather, gather_packed;
+    interpolate: ["float" "bf16" "f16"] [] => interpolate_last, interpolate, interpolate_packed;
+    max: ["float" "bf16" "f16"] [] => max_forward, max_backward;
+    reduce: ["float" "bf16" "f16"] [] => sum_rows, sum_rows_partial, sum_rows_finish, sum_columns, sum_columns_partial,
+        sum_columns_finish;
+    sample: ["float" "bf16" "f16"] [] => sample;
+    scatter: ["float" "bf16" "f16"] [] => scatter_add, scatter_add_float, scatter_add_packed, scatter_add_float_packed;
+    softmax: ["float" "bf16" "f16"] [] => softmax_forward, softmax_backward;
 }

@@ -72,6 +72,18 @@ impl View {
     pub fn outer_strides(&self) -> impl Iterator<Item = usize> + '_ {
         self.stride[..self.rank as usize - 1].iter().map(|&s| s as usize)
     }
+    /// How the elements can be taken 16 bytes at a time, in row-major order, `size` bytes each and the first at `pointer`.
+    /// Packs may not straddle rows, save that the last pack of a single row may be short.
+    pub fn packs(&self, pointer: u64, size: usize) -> Packs {
+        let pack = 16 / size;
+        let (width, stride) = self.innermost();
+        let whole = self.rank == 1 || width % pack == 0;
+        match stride {
+            0 if whole => Packs::Repeated,
+            1 if whole && pointer % 16 == 0 && self.outer_strides().all(|s| s % pack == 0) => Packs::Dense,
+            _ => Packs::None,
+        }
+    }
     /// Sizes and strides, outermost first.
     pub fn dims(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
         (0..self.rank as usize).map(|i| (self.shape[i] as usize, self.stride[i] as usize))
@@ -80,6 +92,17 @@ impl View {
 
 /// Fields that a block of parameters has at most.
 const WORDS: usize = 32;
+
+/// What 16 bytes' worth of a view's elements are: see [`View::packs`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Packs {
+    /// Not to be had: elements are taken one by one.
+    None,
+    /// 16 bytes, aligned.
+    Dense,
+    /// One element, repeated.
+    Repeated,
+}
 
 /// An argument of a kernel. Integers are passed as 64 bits; a kernel that takes 32 reads the low half.
 #[derive(Clone, Copy, Debug)]
@@ -193,5 +216,19 @@ mod tests {
         assert_eq!(dims(&[], &[]), [(1, 0)]);
         assert!(View::new("test", &[2; 9], &[1; 9]).is_err());
         assert_eq!(size_of::<View>(), 136);
+    }
+
+    #[test]
+    fn packs_are_whole_and_aligned() {
+        let packs = |shape: &[usize], strides: &[usize], at| View::new("test", shape, strides).unwrap().packs(at, 2);
+        assert_eq!(packs(&[3, 16], &[16, 1], 512), Packs::Dense);
+        assert_eq!(packs(&[3, 7], &[7, 1], 512), Packs::Dense);
+        assert_eq!(packs(&[3, 16], &[24, 1], 512), Packs::Dense);
+        assert_eq!(packs(&[3, 16], &[24, 1], 514), Packs::None);
+        assert_eq!(packs(&[3, 16], &[20, 1], 512), Packs::None);
+        assert_eq!(packs(&[3, 15], &[16, 1], 512), Packs::None);
+        assert_eq!(packs(&[3, 16], &[1, 0], 514), Packs::Repeated);
+        assert_eq!(packs(&[3, 15], &[1, 0], 512), Packs::None);
+        assert_eq!(packs(&[16, 3], &[1, 16], 512), Packs::None);
     }
 }

@@ -16,9 +16,9 @@ mod module;
 
 pub use blas::{Gemm, gemm, set_gemm, set_tf32};
 pub(crate) use blas::{Kind, Matrix, Product};
-pub(crate) use copy::copy_strided;
+pub(crate) use copy::{Place, copy_elements, copy_strided};
 pub use gpu::{Gpu, Stopwatch, device_count, gpu};
-pub(crate) use launch::{Arg, Grid, View};
+pub(crate) use launch::{Arg, Grid, Packs, View};
 pub(crate) use memory::CudaBuffer;
 pub use memory::CudaMemory;
 pub(crate) use module::Variant;

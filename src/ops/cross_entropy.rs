@@ -79,7 +79,8 @@ pub fn cross_entropy(logits: &Var, labels: &Tensor, ignore_index: i64) -> Result
 /// int64 `[..]`; a scalar, f32 (f64 for f64).
 ///
 /// While a tape records, the gradients are computed together with the loss, block by block, while its logits are at
-/// hand: `dx = dlogits W`, `dW = sum of dlogits^T x`; they wait in the accumulator type, and backward scales them.
+/// hand: `dx = dlogits W`, `dW = sum of dlogits^T x`; they wait until backward scales them. On the CPU logits and gradients
+/// are kept in the accumulator type; on CUDA logits and dx in x's dtype, dW in f32.
 /// Rows that do not count are never multiplied.
 pub fn linear_cross_entropy(x: &Var, weight: &Var, labels: &Tensor, ignore_index: i64) -> Result<Var> {
     const OP: &str = "linear_cross_entropy";

@@ -8,6 +8,8 @@ use crate::autograd::{Var, record_one};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::sync::Mutex;
 
 /// Cosines and sines for a sequence of positions. Cloning is cheap.
 #[derive(Clone, Debug)]
@@ -22,6 +24,9 @@ struct Table {
     /// `[distinct positions, n]`, a row holding n/2 cosines and then n/2 sines, in each accumulator type.
     f32: Tensor,
     f64: Tensor,
+    /// Copies on devices, each made when first asked for: `rows` and `f32`.
+    #[cfg(feature = "cuda")]
+    copies: Mutex<Vec<[Tensor; 2]>>,
 }
 
 impl RopeTable {
@@ -52,6 +57,8 @@ impl RopeTable {
             n,
             f32: Tensor::from_vec::<f32>(narrow, &shape)?,
             f64: Tensor::from_vec(table, &shape)?,
+            #[cfg(feature = "cuda")]
+            copies: Mutex::default(),
         })))
     }
     /// The number of positions, L.
@@ -73,6 +80,18 @@ impl RopeTable {
     /// `[distinct positions, n]` in the type that `dtype` accumulates in.
     pub(crate) fn table(&self, dtype: crate::tensor::DType) -> &Tensor {
         if dtype == crate::tensor::DType::F64 { &self.0.f64 } else { &self.0.f32 }
+    }
+    /// On a device, uploaded once: the row of the table for each position, i64 `[L]`, and the table in f32.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on(&self, device: crate::tensor::Device) -> Result<[Tensor; 2]> {
+        let mut copies = self.0.copies.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(copy) = copies.iter().find(|c| c[0].device() == device) {
+            return Ok(copy.clone());
+        }
+        let rows: Vec<i64> = self.0.rows.iter().map(|&r| r as i64).collect();
+        let copy = [Tensor::ids(&rows, &[rows.len()])?.to_device(device)?, self.0.f32.to_device(device)?];
+        copies.push(copy.clone());
+        Ok(copy)
     }
 }
 

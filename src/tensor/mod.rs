@@ -9,6 +9,8 @@ mod dtype;
 mod layout;
 mod storage;
 
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::read_or_null;
 pub use dtype::{DType, Element, Float, Real};
 pub use layout::{Layout, checked_numel};
 pub(crate) use storage::check_memory;

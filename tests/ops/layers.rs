@@ -142,7 +142,8 @@ table! {
         let inputs = vec![d.input(&[a, b, width], -1.0, 1.0), d.input(&[classes, width], -1.0, 1.0)];
         let op = move |v: &[Var]| ops::linear_cross_entropy(&v[0], &v[1], &ids, IGNORE);
         let formula = move |x: &[Array]| {
-            let logit = |x: &[Num], w: &[Num]| x.iter().zip(w).map(|(&a, &b)| a * b).sum();
+            // kept in the dtype on CUDA, as are their gradients; the CPU keeps both in the accumulator type
+            let logit = |x: &[Num], w: &[Num]| x.iter().zip(w).map(|(&a, &b)| a * b).sum::<Num>().stored();
             mean_loss(&x[0].map_rows(|row| x[1].rows().map(|w| logit(row, w)).collect()), &labels)
         };
         Case::one(inputs, op, formula).loss().sums_as_stored()

@@ -1,13 +1,65 @@
-//! swiglu on CUDA.
-#![allow(unused_variables, clippy::too_many_arguments)]
+//! SwiGLU's gate on CUDA.
 
+use super::packs::{pack, variant};
 use crate::Result;
+use crate::cuda::{Grid, kernels::swiglu as kernel};
 use crate::tensor::Tensor;
 
-pub(crate) fn backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
-    Err(super::missing("swiglu"))
+const OP: &str = "swiglu";
+
+/// Tensors of one shape as dense rows: one long row where all lie in one piece.
+fn flat<const K: usize>(tensors: [&Tensor; K]) -> Result<[Tensor; K]> {
+    let n = tensors[0].numel();
+    let whole = tensors.iter().all(|t| t.is_contiguous());
+    let mut rows = tensors.map(Tensor::clone);
+    for t in &mut rows {
+        *t = if whole { t.reshape(&[n])? } else { t.dense_rows()? };
+    }
+    Ok(rows)
+}
+
+/// Rows, their width, the number of 16 bytes in one, and a thread for each of these.
+fn sizes(t: &Tensor) -> (usize, usize, usize, Grid) {
+    let width = t.last_dim();
+    let (rows, parts) = (t.numel() / width.max(1), width.div_ceil(pack(t)));
+    (rows, width, parts, Grid::new((rows * parts).div_ceil(256), 256))
 }
 
 pub(crate) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    Err(super::missing("swiglu"))
+    let mut y = Tensor::empty(gate.shape(), gate.dtype(), gate.device())?;
+    let [g, u] = flat([gate, up])?;
+    let (rows, width, parts, grid) = sizes(&g);
+    let variant = variant(OP, &[&g, &u])?;
+    let (g_rows, u_rows) = (g.rows(OP)?.into(), u.rows(OP)?.into());
+    let args = [y.write()?, g.read()?, u.read()?, g_rows, u_rows, rows.into(), width.into(), parts.into()];
+    // SAFETY: the parameters are (y, gate, up, rows of gate, rows of up, rows, width, parts of a row); y is new and holds
+    // rows x width elements; the views' rows lie inside their tensors.
+    unsafe { g.gpu()?.launch(kernel::swiglu, variant, grid, &args)? };
+    Ok(y)
+}
+
+/// `(dgate, dup)`.
+pub(crate) fn backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+    let mut dgate = Tensor::empty(gate.shape(), gate.dtype(), gate.device())?;
+    let mut dup = Tensor::empty(gate.shape(), gate.dtype(), gate.device())?;
+    let [g, u, dy] = flat([gate, up, dy])?;
+    let (rows, width, parts, grid) = sizes(&g);
+    let variant = variant(OP, &[&g, &u, &dy])?;
+    let args = [
+        dgate.write()?,
+        dup.write()?,
+        g.read()?,
+        u.read()?,
+        dy.read()?,
+        g.rows(OP)?.into(),
+        u.rows(OP)?.into(),
+        dy.rows(OP)?.into(),
+        rows.into(),
+        width.into(),
+        parts.into(),
+    ];
+    // SAFETY: the parameters are (dgate, dup, gate, up, dy, rows of gate, of up, of dy, rows, width, parts of a row); dgate
+    // and dup are new and hold rows x width elements; the views' rows lie inside their tensors.
+    unsafe { g.gpu()?.launch(kernel::swiglu_backward, variant, grid, &args)? };
+    Ok((dgate, dup))
 }

@@ -1,0 +1,177 @@
+// The next token of every row of logits [rows, limit] (dense rows, `stride` apart), by temperature, top-k, top-p and a number
+// u in [0, 1); NaN counts as minus infinity. Nothing is differentiated, nothing saved; ids [rows] int64 are written.
+//
+// Candidates are ordered as IEEE's total order has it, the likeliest first, of equals the lowest id: by `order_key`, unsigned
+// integers in the order of the floats, then by id. A candidate weighs e^((x - max) / temperature), taken in f64 and rounded to
+// a multiple of 1 / scale, scale = 2^(62 - ceil log2 limit): weights are integers, so their sums are exact, in any order,
+// and no cumulative weight depends on how it was added. (A sum of floats in one order crosses a bound elsewhere only where it
+// comes within rounding of it.) Weights below half of 1 / scale (about 2^-46 of the largest, for 50k tokens) count as 0.
+//
+//   greedy    temperature 0, top_k 1, or a maximum that is not finite: the first of the largest
+//   top-k     the first k candidates: the key of the k-th, and the last id among those that tie with it
+//   top-p     the fewest first candidates that weigh at least p of all; then the first whose cumulative weight, in that order,
+//             exceeds u times theirs. Without top-p the order is that of ids
+//
+// The n-th candidate of an order (by count or weight) is found without sorting: `select` finds its key two bits a pass, by
+// sums over the keys at or above three thresholds; `first_reaching` finds its id among equals, cutting the row in as many
+// pieces as there are warps, again and again.
+//
+// Launch: a block of 1024 threads a row. weights [rows, limit] is scratch, unless greedy.
+#include "rows.cuh"
+
+constexpr int BITS = 8 * sizeof(T);
+constexpr int WARPS = 32;
+
+DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
+DEVICE u32 bits_of(bf16 x) { return x.bits; }
+DEVICE u32 bits_of(f16 x) { return x.bits; }
+
+DEVICE float clean(T x) {
+  const float f = to_f32(x);
+  return f != f ? -infinity() : f;
+}
+DEVICE u32 order_key(T x) {
+  constexpr u32 SIGN = 1u << (BITS - 1), ALL = SIGN | (SIGN - 1);
+  const float f = to_f32(x);
+  const u32 b = bits_of(f != f ? from_f32<T>(-infinity()) : x);
+  return b & SIGN ? ~b & ALL : b | SIGN;
+}
+
+DEVICE u64 warp_total(u64 x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(0xffffffffu, x, o);
+  return x;
+}
+// Sums over the block, for every thread.
+template <int K> DEVICE void block_totals(u64 (&x)[K], u64 *shared) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+  for (int k = 0; k < K; k++) {
+    x[k] = warp_total(x[k]);
+    if (lane == 0) shared[k * WARPS + warp] = x[k];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < K; k++) x[k] = warp_total(shared[k * WARPS + lane]);
+  __syncthreads();
+}
+
+// With W(key) the weight of all tokens whose key is at least `key`: the largest key with W(key) >= wanted, and above =
+// W(key + 1) < wanted. Needs 0 < wanted <= W(0).
+struct Threshold {
+  u32 key;
+  u64 above;
+};
+template <typename F> DEVICE Threshold select(const T *row, i64 n, u64 wanted, F weight, u64 *shared) {
+  u32 key = 0;
+  u64 above = 0;   // W(key + 4 << bit)
+  for (int bit = BITS - 2; bit >= 0; bit -= 2) {
+    u64 sums[3] = {};   // of digits 1 and up, 2 and up, 3
+#pragma unroll 4
+    for (i64 i = threadIdx.x; i < n; i += blockDim.x) {
+      const u32 k = order_key(row[i]);
+      const u32 digit = (k - key) >> bit;
+      if (k < key || digit == 0 || digit > 3) continue;
+      const u64 w = weight(i);
+      sums[0] += w;
+      if (digit > 1) sums[1] += w;
+      if (digit > 2) sums[2] += w;
+    }
+    block_totals(sums, shared);
+    if (above + sums[2] >= wanted) {
+      key += 3u << bit;
+    } else if (above + sums[1] >= wanted) {
+      key += 2u << bit;
+      above += sums[2];
+    } else if (above + sums[0] >= wanted) {
+      key += 1u << bit;
+      above += sums[1];
+    } else {
+      above += sums[0];
+    }
+  }
+  return {key, above};
+}
+
+// The lowest i with value(0) + .. + value(i) >= wanted. Needs 0 < wanted <= the sum of all n.
+template <typename F> DEVICE i64 first_reaching(i64 n, u64 wanted, F value, u64 *shared) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  i64 begin = 0, end = n;
+  while (end - begin > 1) {
+    const i64 size = (end - begin + WARPS - 1) / WARPS;
+    const i64 from = begin + warp * size, to = from + size < end ? from + size : end;
+    u64 sum = 0;
+    for (i64 i = from + lane; i < to; i += 32) sum += value(i);
+    sum = warp_total(sum);
+    if (lane == 0) shared[warp] = sum;
+    __syncthreads();
+    int piece = 0;
+    for (; piece + 1 < WARPS && shared[piece] < wanted; piece++) wanted -= shared[piece];
+    __syncthreads();
+    begin += piece * size;
+    end = begin + size < end ? begin + size : end;
+  }
+  return begin < n ? begin : n - 1;
+}
+
+KERNEL __launch_bounds__(32 * WARPS, 1)
+sample(i64 *__restrict__ ids, u64 *weights, const T *__restrict__ logits, i64 stride, i64 limit, double temperature, i64 top_k,
+       double top_p, const double *__restrict__ uniforms, double scale) {
+  __shared__ Largest largest[WARPS];
+  __shared__ u64 shared[3 * WARPS];
+  const T *row = logits + blockIdx.x * stride;
+  weights += blockIdx.x * limit;
+
+  Largest best = NOTHING;
+  for (i64 i = threadIdx.x; i < limit; i += blockDim.x) best = larger(best, {clean(row[i]), i});
+  best = team_largest({(i64)blockIdx.x, (int)threadIdx.x, (int)blockDim.x}, best, largest);
+  if (temperature == 0.0 || top_k == 1 || best.x == infinity() || best.x == -infinity()) {
+    if (threadIdx.x == 0) ids[blockIdx.x] = best.at;
+    return;
+  }
+
+  // candidates: keys above least, and at least up to the id last
+  u32 least = 0;
+  i64 last = limit - 1;
+  if (top_k > 0 && top_k < limit) {
+    const Threshold kth = select(row, limit, (u64)top_k, [](i64) { return (u64)1; }, shared);
+    least = kth.key;
+    last = first_reaching(limit, (u64)top_k - kth.above, [&](i64 i) { return (u64)(order_key(row[i]) == least); }, shared);
+  }
+  u64 total[1] = {};
+  for (i64 i = threadIdx.x; i < limit; i += blockDim.x) {
+    const u32 key = order_key(row[i]);
+    u64 w = 0;
+    if (key > least || (key == least && i <= last))
+      w = __double2ull_rn(exp(((double)clean(row[i]) - (double)best.x) / temperature) * scale);
+    weights[i] = w;
+    total[0] += w;
+  }
+  block_totals(total, shared);   // and every weight is visible to the block
+
+  const auto weight = [&](i64 i) { return weights[i]; };
+  // How many tokens of a threshold's key it takes to reach `wanted`, what each weighs, and which they are. All that are
+  // candidates weigh the same, and they have the lowest ids.
+  const auto is_tied = [&](const Threshold &t) { return [&row, key = t.key](i64 i) { return (u64)(order_key(row[i]) == key); }; };
+  const auto tied_weight = [&](const Threshold &t) { return weights[first_reaching(limit, 1, is_tied(t), shared)]; };
+  const auto tied_count = [](const Threshold &t, u64 wanted, u64 each) { return (wanted - t.above + each - 1) / each; };
+
+  u64 kept = total[0];
+  if (top_p < 1.0) {
+    u64 wanted = (u64)ceil(top_p * (double)kept);
+    wanted = wanted < 1 ? 1 : wanted > kept ? kept : wanted;
+    const Threshold t = select(row, limit, wanted, weight, shared);
+    const u64 each = tied_weight(t);
+    kept = t.above + tied_count(t, wanted, each) * each;
+  }
+  u64 wanted = (u64)(uniforms[blockIdx.x] * (double)kept) + 1;
+  wanted = wanted > kept ? kept : wanted;
+  i64 id;
+  if (top_p < 1.0) {
+    const Threshold t = select(row, limit, wanted, weight, shared);
+    id = first_reaching(limit, tied_count(t, wanted, tied_weight(t)), is_tied(t), shared);
+  } else {
+    id = first_reaching(limit, wanted, weight, shared);
+  }
+  if (threadIdx.x == 0) ids[blockIdx.x] = id;
+}
