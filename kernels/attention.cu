@@ -6,7 +6,7 @@
 // q [B, H, Lq, d], k and v [B, Hkv, Lk, d]: views with dense rows. y lies as [B, Lq, H, d], lse (f32, natural) as
 // [B, H, Lq]; both are overwritten. Online softmax in f32 with powers of 2; P is rounded to T before it meets v.
 //
-// Launch: attention_forward, row_tiles * H * B blocks (B is 1 under PACKED) of THREADS; a block takes ROWS query rows of one
+// Launch: attention_forward, row_tiles * H * B blocks (B is 1 under JOINED) of THREADS; a block takes ROWS query rows of one
 // head, keeps q in registers where d <= 64, and streams KEYS keys a step through two stages of shared memory.
 // Shared: (ROWS + 2*STAGES*KEYS) * PITCH elements.
 #include "attention_mma.cuh"

@@ -6,7 +6,7 @@
 //   CAUSAL   S 1, slots 0..=i + Lk - Lq, no locals
 //   FULL     S 1, all slots, no locals (bidirectional)
 //   CAT      slots 0..=i/S, locals i/S*S + 1..=i
-//   PACKED   bidirectional inside short sequences: no slots; all batches are one long run of rows, row b*L + i, cut into
+//   JOINED   bidirectional inside short sequences: no slots; all batches are one long run of rows, row b*L + i, cut into
 //            blocks of S = L rows, and a row sees its block
 // A tile visits the slots that its last row sees, then the local keys from its first row's block on: only what the mask
 // allows, but for the edges.
@@ -20,7 +20,7 @@ constexpr int D = HEAD_DIM; // the head width that memory holds, d, is at most t
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
-enum : int { CAUSAL = 0, FULL = 1, CAT = 2, PACKED = 3 };
+enum : int { CAUSAL = 0, FULL = 1, CAT = 2, JOINED = 3 };
 
 // Element strides of a [batch, heads, L, d] view with dense rows.
 struct Strides { i64 batch, head, row; };
@@ -29,9 +29,9 @@ struct Strides { i64 batch, head, row; };
 struct Attention {
   Strides q, k, v, dy;       // dy: the result's gradient
   i64 batch, heads, group;   // group: query heads that share a key head
-  i64 lq, lk, d;             // under PACKED, lq = lk = S
+  i64 lq, lk, d;             // under JOINED, lq = lk = S
   i64 mask, stride;
-  // Rows are cut into spans, and a span into `tiles` tiles of at most ROWS rows. Under CAT and PACKED a span is as many
+  // Rows are cut into spans, and a span into `tiles` tiles of at most ROWS rows. Under CAT and JOINED a span is as many
   // whole blocks as fit a tile, or one block in several tiles; else it is everything.
   i64 span, tiles, row_tiles;
   i64 key_tiles;             // tiles of ROWS slots
@@ -55,10 +55,10 @@ DEVICE bool has_locals(const Attention &a) { return a.mask >= CAT; }
 DEVICE Range locals_of(const Attention &a, int i) {
   const int start = i / (int)a.stride * (int)a.stride;
   if (a.mask == CAT) return {start + 1, i};
-  if (a.mask == PACKED) return {start, start + (int)a.stride - 1};
+  if (a.mask == JOINED) return {start, start + (int)a.stride - 1};
   return {0, -1};
 }
-DEVICE int rows_of(const Attention &a) { return a.mask == PACKED ? (int)(a.batch * a.lq) : (int)a.lq; }
+DEVICE int rows_of(const Attention &a) { return a.mask == JOINED ? (int)(a.batch * a.lq) : (int)a.lq; }
 // The same seen from the keys: the rows that see slot j, or local key j.
 DEVICE Range seeing_slot(const Attention &a, int j) {
   const int last = (int)a.lq - 1;
@@ -93,20 +93,20 @@ DEVICE Visit visit_of(const Attention &a, Tile t, int keys) {
   return v;
 }
 // What a block of threads works on. Blocks of a head are neighbours, so that its keys stay in L2, the longest first;
-// but heads are neighbours under PACKED, where they share nothing but their rows' memory pages.
+// but heads are neighbours under JOINED, where they share nothing but their rows' memory pages.
 struct Place { int tile, head, batch; };
 DEVICE Place place_of(const Attention &a, i64 block, int tiles, int heads) {
-  if (a.mask == PACKED) return {(int)(block / heads), (int)(block % heads), 0};
+  if (a.mask == JOINED) return {(int)(block / heads), (int)(block % heads), 0};
   const int tile = (int)(block % tiles), rest = (int)(block / tiles);
   return {tiles - 1 - tile, rest % heads, rest / heads};
 }
 
 // ---- where rows lie ----
 
-// Rows (or every step-th row) of one head; under PACKED the batch is part of the row number.
+// Rows (or every step-th row) of one head; under JOINED the batch is part of the row number.
 struct Walk { i64 row, batch; int length; };
 DEVICE Walk walk_of(const Attention &a, const Strides &s, i64 step) {
-  return {s.row * step, s.batch, a.mask == PACKED ? (int)a.lq : 0};
+  return {s.row * step, s.batch, a.mask == JOINED ? (int)a.lq : 0};
 }
 DEVICE i64 row_at(const Walk &w, int i) {
   if (w.length == 0) return i * w.row;
@@ -120,8 +120,8 @@ DEVICE i64 out_at(const Attention &a, const Place &p, int row, i64 length, int h
 }
 // Log-sum-exp and delta lie as [B, H, Lq].
 DEVICE i64 stat_at(const Attention &a, const Place &p, int head, int row) {
-  const int b = a.mask == PACKED ? row / (int)a.lq : p.batch;
-  return (b * a.heads + head) * a.lq + (a.mask == PACKED ? row - b * (int)a.lq : row);
+  const int b = a.mask == JOINED ? row / (int)a.lq : p.batch;
+  return (b * a.heads + head) * a.lq + (a.mask == JOINED ? row - b * (int)a.lq : row);
 }
 
 // ---- copies into shared memory ----

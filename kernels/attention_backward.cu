@@ -8,7 +8,7 @@
 // - attention_backward_rows: a tile of query rows past the keys that they see, as forward. Writes delta [B, H, Lq] and dq;
 //   with `local_keys` (one query head a key head, whole blocks in a tile) dk and dv of the local keys too, which only
 //   these rows see and whose k, v, q and dy lie in shared memory at the end.
-//   row_tiles * H * B blocks (B is 1 under PACKED); shared: (2*ROWS + 2*STAGES*KEYS) * PITCH elements, 2*ROWS floats.
+//   row_tiles * H * B blocks (B is 1 under JOINED); shared: (2*ROWS + 2*STAGES*KEYS) * PITCH elements, 2*ROWS floats.
 // - attention_backward_keys, after it: a tile of keys past the rows that see them, of all query heads of the group.
 //   local = 0: ROWS slots, key_tiles * splits * PARTS * Hkv * B blocks; with splits > 1 sums go to `partial`, f32
 //   [2, splits, B, slots, Hkv, d], for attention_sum.cu (d even then). local = 1: local keys, row_tiles * PARTS * Hkv * B blocks.
