@@ -80,7 +80,7 @@ impl View {
         let whole = self.rank == 1 || width % pack == 0;
         match stride {
             0 if whole => Packs::Repeated,
-            1 if whole && pointer % 16 == 0 && self.outer_strides().all(|s| s % pack == 0) => Packs::Dense,
+            1 if whole && pointer.is_multiple_of(16) && self.outer_strides().all(|s| s % pack == 0) => Packs::Dense,
             _ => Packs::None,
         }
     }

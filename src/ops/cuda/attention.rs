@@ -122,7 +122,7 @@ impl Plan {
         // Too few blocks to fill the device are split, though not into runs of less than two tiles of rows: on an H100
         // splits that only even out several waves cost as much as they gain.
         let units = (key_tiles * tiles.parts * key_heads * batch).max(1);
-        let wanted = if d % 2 == 0 { (4 * q.gpu()?.multiprocessors as usize / units).clamp(1, 8) } else { 1 };
+        let wanted = if d.is_multiple_of(2) { (4 * q.gpu()?.multiprocessors as usize / units).clamp(1, 8) } else { 1 };
         let split_rows = lq.div_ceil(wanted.min(lq.div_ceil(2 * tiles.keys))).next_multiple_of(tiles.keys);
         Ok(Self {
             tiles,
@@ -150,7 +150,7 @@ impl Plan {
     /// `Attention` in kernels/attention.cuh, over tensors with dense rows. Forward has no `dy`, and gives q.
     fn words(&self, q: &Tensor, k: &Tensor, v: &Tensor, dy: &Tensor) -> Result<Arg> {
         let per = 16 / q.dtype().size();
-        let out = self.d % per == 0;
+        let out = self.d.is_multiple_of(per);
         let mut vector = out;
         let mut words = [0u64; 30];
         for (t, to) in [q, k, v, dy].into_iter().zip(words.chunks_mut(3)) {
@@ -158,7 +158,7 @@ impl Plan {
             for (dim, to) in to.iter_mut().enumerate() {
                 // batch, head, row; where there is one only, its stride means nothing
                 let stride = if t.dim(dim) == 1 { 0 } else { t.layout().strides()[dim] };
-                vector &= stride % per == 0;
+                vector &= stride.is_multiple_of(per);
                 *to = stride as u64;
             }
         }
