@@ -5,6 +5,8 @@ use super::module::{Source, Symbol};
 
 /// What sources may include, by name.
 pub(super) const HEADERS: &[(&str, &str)] = &[
+    ("attention.cuh", include_str!("../../kernels/attention.cuh")),
+    ("attention_mma.cuh", include_str!("../../kernels/attention_mma.cuh")),
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
     ("rows.cuh", include_str!("../../kernels/rows.cuh")),
@@ -35,6 +37,13 @@ macro_rules! kernels {
 }
 
 kernels! {
+    attention: ["bf16" "f16"] ["HEAD_DIM=16" "HEAD_DIM=32" "HEAD_DIM=64" "HEAD_DIM=96" "HEAD_DIM=128" "HEAD_DIM=256"]
+        => attention_forward;
+    attention_backward: ["bf16" "f16"] ["HEAD_DIM=16" "HEAD_DIM=32" "HEAD_DIM=64" "HEAD_DIM=96" "HEAD_DIM=128" "HEAD_DIM=256"]
+        => attention_backward_rows, attention_backward_keys;
+    attention_f32: ["float"] ["HEAD_DIM=16" "HEAD_DIM=32" "HEAD_DIM=64" "HEAD_DIM=96" "HEAD_DIM=128" "HEAD_DIM=256"]
+        => attention_forward, attention_backward_rows, attention_backward_keys;
+    attention_sum: ["float" "bf16" "f16"] [] => attention_backward_sum;
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
     adamw: ["float" "bf16" "f16"] [] => adamw_squares, adamw_norm, adamw_update;
     cross_entropy: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => cross_entropy, cross_entropy_backward,

@@ -80,7 +80,7 @@ impl View {
         let whole = self.rank == 1 || width % pack == 0;
         match stride {
             0 if whole => Packs::Repeated,
-            1 if whole && pointer % 16 == 0 && self.outer_strides().all(|s| s % pack == 0) => Packs::Dense,
+            1 if whole && pointer.is_multiple_of(16) && self.outer_strides().all(|s| s % pack == 0) => Packs::Dense,
             _ => Packs::None,
         }
     }
@@ -89,6 +89,9 @@ impl View {
         (0..self.rank as usize).map(|i| (self.shape[i] as usize, self.stride[i] as usize))
     }
 }
+
+/// Fields that a block of parameters has at most.
+const WORDS: usize = 32;
 
 /// What 16 bytes' worth of a view's elements are: see [`View::packs`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,12 +109,9 @@ pub(crate) enum Packs {
 pub(crate) enum Arg {
     Word(u64),
     View(View),
-    /// A structure by value, as far as it reaches.
+    /// A block of parameters by value: a struct of 64-bit fields, at most as many as this has.
     Words([u64; WORDS]),
 }
-
-/// What the largest structure takes, in words of 64 bits.
-pub(crate) const WORDS: usize = 18;
 
 impl From<usize> for Arg {
     fn from(x: usize) -> Self {
@@ -138,17 +138,15 @@ impl From<f32> for Arg {
         Self::Word(x.to_bits().into())
     }
 }
-impl<const N: usize> From<[u64; N]> for Arg {
-    fn from(x: [u64; N]) -> Self {
-        const { assert!(N <= WORDS) };
-        let mut words = [0; WORDS];
-        words[..N].copy_from_slice(&x);
-        Self::Words(words)
-    }
-}
 impl From<View> for Arg {
     fn from(x: View) -> Self {
         Self::View(x)
+    }
+}
+impl<const N: usize> From<[u64; N]> for Arg {
+    fn from(x: [u64; N]) -> Self {
+        const { assert!(N <= WORDS) };
+        Self::Words(std::array::from_fn(|i| x.get(i).copied().unwrap_or(0)))
     }
 }
 
