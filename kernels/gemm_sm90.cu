@@ -5,15 +5,13 @@
 //
 // Blocks stay on their multiprocessor and walk the tiles of D, 128 x BN each. One thread of the first warpgroup copies the
 // operands' tiles, 64 of k at a time, to a ring of STAGES places in shared memory; two warpgroups multiply, 64 rows each,
-// f32 sums in registers. Per place one barrier says that the copies have landed and one that all are done with them. In a
-// cluster of two, blocks take tiles one above the other and share B: each copies half of it to both.
+// f32 sums in registers. Per place one barrier says that the copies have landed and one that all are done with them.
 //
-// Launch: grid min(tiles * splits * batches, multiprocessors) (of CLUSTER-high tiles, times CLUSTER), block 384, dynamic
-// shared memory 229,632. A and B come as tensor maps of rank 3, (along memory, lines, batch), boxes of 64 x 64 x 1, 128-byte
-// swizzle, zeros outside; a batch stride of 0 in Product means that the map has one matrix.
-//   gemm_tma_256      tile 128 x 256
-//   gemm_tma_256x2    tile 128 x 256, clusters of two
-//   gemm_tma_128      tile 128 x 128: products that leave fewer tiles
+// Launch: grid min(tiles * splits * batches, multiprocessors), block 384, dynamic shared memory 229,632. A and B come as
+// tensor maps of rank 3, (along memory, lines, batch), boxes of 64 x 64 x 1, 128-byte swizzle, zeros outside; a batch stride
+// of 0 in Product means that the map has one matrix.
+//   gemm_tma_256   tile 128 x 256
+//   gemm_tma_128   tile 128 x 128: products that leave fewer tiles
 #include "gemm.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -26,10 +24,6 @@ struct alignas(64) TensorMap { u64 opaque[16]; };
 // ---- instructions ----
 
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-DEVICE u32 cluster_rank() { u32 x; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(x)); return x; }
-DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 template <int N> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 
@@ -42,11 +36,6 @@ DEVICE void barrier_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 DEVICE void barrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
-// The same in another block of the cluster.
-DEVICE void barrier_arrive_at(u32 barrier, u32 block) {
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(block) : "memory");
-}
 // Until the phase of that parity is over.
 DEVICE void barrier_wait(u32 barrier, u32 parity) {
   asm volatile("{\n.reg .pred over;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
@@ -55,11 +44,6 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
 DEVICE void copy_box(u32 to, const TensorMap *map, u32 barrier, int x, int line, int batch) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
                ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(line), "r"(batch) : "memory");
-}
-// To the same place in each block of the cluster that `blocks` has a bit for, telling each block's barrier.
-DEVICE void copy_box_to(u32 to, const TensorMap *map, u32 barrier, int x, int line, int batch, u16 blocks) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;"
-               ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(line), "r"(batch), "h"(blocks) : "memory");
 }
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -129,70 +113,57 @@ template <int BN> DEVICE void store_sums(const Product &p, const Place &tile, i6
 
 // ---- the product ----
 
-template <int BN, int STAGES, int CLUSTER> DEVICE void multiply(const TensorMap &map_a, const TensorMap &map_b, const Product &p) {
-  constexpr int STAGE = (BM + BN) * BK * 2, SHARE = BN / 64 / CLUSTER;   // boxes of B that a block copies
+template <int BN, int STAGES> DEVICE void multiply(const TensorMap &map_a, const TensorMap &map_b, const Product &p) {
+  constexpr int STAGE = (BM + BN) * BK * 2;
   extern __shared__ __align__(1024) u8 shared[];
   const u32 stages = shared_address(shared), full = stages + STAGES * STAGE, empty = full + STAGES * 8;
   float *sums = reinterpret_cast<float *>(shared + STAGES * STAGE + 256);   // 4 KiB for each multiplying warp
-  const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
   if (threadIdx.x == 0) {
     for (int s = 0; s < STAGES; s++) {
       barrier_init(full + s * 8, 1);
-      barrier_init(empty + s * 8, 8 * CLUSTER);   // the multiplying warps of the cluster
+      barrier_init(empty + s * 8, 8);   // the multiplying warps
     }
     barrier_init_done();
   }
-  if constexpr (CLUSTER == 1) __syncthreads(); else cluster_sync();
+  __syncthreads();
 
-  const u32 tiles = (u32)((p.m + BM * CLUSTER - 1) / (BM * CLUSTER) * ((p.n + BN - 1) / BN));
+  const u32 tiles = (u32)((p.m + BM - 1) / BM * ((p.n + BN - 1) / BN));
   const i64 total = tiles * p.splits * p.batches;
-  const i64 first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
   auto locate = [&](i64 t) {
     const i64 slab = t / tiles;
-    Place at = place<BM * CLUSTER, BN, 16 / CLUSTER>(p, (u32)(t - slab * tiles), slab % p.splits, slab / p.splits);
-    at.row += rank * BM;
-    return at;
+    return place<BM, BN, 16>(p, (u32)(t - slab * tiles), slab % p.splits, slab / p.splits);
   };
   u32 slot = 0;
   if (threadIdx.x < 128) {
     fewer_registers<40>();
     if (threadIdx.x == 0) {
       u32 parity = 1;   // a place never used counts as released
-      auto advance = [&] { if (++slot == STAGES) slot = 0, parity ^= 1; };
-      for (i64 t = first; t < total; t += step) {
+      for (i64 t = blockIdx.x; t < total; t += gridDim.x) {
         const Place at = locate(t);
         const int batch_a = p.batch_a ? (int)at.batch : 0, batch_b = p.batch_b ? (int)at.batch : 0;
-        const int row = (int)at.row, column = (int)at.column + rank * SHARE * 64, end = (int)at.k_end;
-        for (int k = (int)at.k_begin; k < end; k += BK, advance()) {
+        const int row = (int)at.row, column = (int)at.column, end = (int)at.k_end;
+        for (int k = (int)at.k_begin; k < end; k += BK) {
           barrier_wait(empty + slot * 8, parity);
-          const u32 here = full + slot * 8, a = stages + slot * STAGE, b = a + BM * BK * 2 + rank * SHARE * BOX;
+          const u32 here = full + slot * 8, a = stages + slot * STAGE, b = a + BM * BK * 2;
           barrier_expect(here, STAGE);
 #pragma unroll
           for (int i = 0; i < BM / 64; i++)
             copy_box(a + i * BOX, &map_a, here, A_K ? k : row + i * 64, A_K ? row + i * 64 : k, batch_a);
 #pragma unroll
-          for (int i = 0; i < SHARE; i++) {
-            const int x = B_K ? k : column + i * 64, line = B_K ? column + i * 64 : k;
-            if constexpr (CLUSTER == 1) copy_box(b + i * BOX, &map_b, here, x, line, batch_b);
-            else copy_box_to(b + i * BOX, &map_b, here, x, line, batch_b, (1 << CLUSTER) - 1);
-          }
+          for (int i = 0; i < BN / 64; i++)
+            copy_box(b + i * BOX, &map_b, here, B_K ? k : column + i * 64, B_K ? column + i * 64 : k, batch_b);
+          if (++slot == STAGES) slot = 0, parity ^= 1;
         }
       }
-      // the other block may still write here and arrive here until all places are released
-      for (int s = 0; s < STAGES; s++, advance()) barrier_wait(empty + slot * 8, parity);
     }
   } else {
     more_registers<232>();
     const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     u32 parity = 0;
     auto release = [&](u32 s) {
-      if constexpr (CLUSTER == 1) {
-        if (lane == 0) barrier_arrive(empty + s * 8);
-      } else {
-        if (lane < CLUSTER) barrier_arrive_at(empty + s * 8, lane);
-      }
+      if (lane == 0) barrier_arrive(empty + s * 8);
     };
-    for (i64 t = first; t < total; t += step) {
+    for (i64 t = blockIdx.x; t < total; t += gridDim.x) {
       const Place at = locate(t);
       const int rounds = (int)((at.k_end - at.k_begin + BK - 1) / BK);
       float acc[BN / 8][4] = {};
@@ -218,14 +189,11 @@ template <int BN, int STAGES, int CLUSTER> DEVICE void multiply(const TensorMap 
   }
 }
 
-#define PAIR __cluster_dims__(2, 1, 1)
 #define ENTER(...) multiply<__VA_ARGS__>(map_a, map_b, p)
 #else   // no Hopper: entry points that do nothing, so that a module is a module everywhere
 struct TensorMap { u64 opaque[16]; };
-#define PAIR
 #define ENTER(...)
 #endif
 
-KERNEL __launch_bounds__(384, 1) gemm_tma_256(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ Product p) { ENTER(256, 4, 1); }
-KERNEL PAIR __launch_bounds__(384, 1) gemm_tma_256x2(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ Product p) { ENTER(256, 4, 2); }
-KERNEL __launch_bounds__(384, 1) gemm_tma_128(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ Product p) { ENTER(128, 6, 1); }
+KERNEL __launch_bounds__(384, 1) gemm_tma_256(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ Product p) { ENTER(256, 4); }
+KERNEL __launch_bounds__(384, 1) gemm_tma_128(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ Product p) { ENTER(128, 6); }

@@ -70,5 +70,5 @@ kernels! {
         gemm_128x256, gemm_128x128, gemm_64x64, gemm_any, gemm_sum;
     gemm_f32: ["float"] ["GEMM=0" "GEMM=1" "GEMM=2" "GEMM=3"] => gemm_128x128, gemm_64x64, gemm_any, gemm_sum;
     gemm_sm90: ["bf16" "f16"] ["GEMM=0" "GEMM=1" "GEMM=2" "GEMM=3" "GEMM=4" "GEMM=5" "GEMM=6" "GEMM=7"] =>
-        gemm_tma_256, gemm_tma_256x2, gemm_tma_128;
+        gemm_tma_256, gemm_tma_128;
 }
