@@ -61,8 +61,17 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    fn size(self) -> usize {
+    /// Bytes of an element.
+    pub fn size(self) -> usize {
         if self == Self::F32 { 4 } else { 2 }
+    }
+    /// As C++ names it.
+    pub fn element(self) -> &'static str {
+        match self {
+            Self::F32 => "float",
+            Self::BF16 => "bf16",
+            Self::F16 => "f16",
+        }
     }
     fn of_library(self) -> sys::cudaDataType {
         match self {

@@ -4,8 +4,13 @@
 use super::module::{Source, Symbol};
 
 /// What sources may include, by name.
-pub(super) const HEADERS: &[(&str, &str)] =
-    &[("common.cuh", include_str!("../../kernels/common.cuh")), ("rows.cuh", include_str!("../../kernels/rows.cuh"))];
+pub(super) const HEADERS: &[(&str, &str)] = &[
+    ("attention.cuh", include_str!("../../kernels/attention.cuh")),
+    ("attention_mma.cuh", include_str!("../../kernels/attention_mma.cuh")),
+    ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
+    ("rows.cuh", include_str!("../../kernels/rows.cuh")),
+];
 
 /// `file: [element types] [other defines, one a variant] => entry points`. For each file a module of that name, with a
 /// [`Symbol`] for each entry point.
@@ -32,6 +37,13 @@ macro_rules! kernels {
 }
 
 kernels! {
+    attention: ["bf16" "f16"] ["HEAD_DIM=16" "HEAD_DIM=32" "HEAD_DIM=64" "HEAD_DIM=96" "HEAD_DIM=128" "HEAD_DIM=256"]
+        => attention_forward;
+    attention_backward: ["bf16" "f16"] ["HEAD_DIM=16" "HEAD_DIM=32" "HEAD_DIM=64" "HEAD_DIM=96" "HEAD_DIM=128" "HEAD_DIM=256"]
+        => attention_backward_rows, attention_backward_keys;
+    attention_f32: ["float"] ["HEAD_DIM=16" "HEAD_DIM=32" "HEAD_DIM=64" "HEAD_DIM=96" "HEAD_DIM=128" "HEAD_DIM=256"]
+        => attention_forward, attention_backward_rows, attention_backward_keys;
+    attention_sum: ["float" "bf16" "f16"] [] => attention_backward_sum;
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
     adamw: ["float" "bf16" "f16"] [] => adamw_squares, adamw_norm, adamw_update;
     cross_entropy: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => cross_entropy, cross_entropy_backward,
@@ -56,4 +68,9 @@ kernels! {
     sample: ["float" "bf16" "f16"] [] => sample;
     scatter: ["float" "bf16" "f16"] [] => scatter_add, scatter_add_float, scatter_add_packed, scatter_add_float_packed;
     softmax: ["float" "bf16" "f16"] [] => softmax_forward, softmax_backward;
+    gemm: ["bf16" "f16"] ["GEMM=0" "GEMM=1" "GEMM=2" "GEMM=3" "GEMM=4" "GEMM=5" "GEMM=6" "GEMM=7"] =>
+        gemm_128x256, gemm_128x128, gemm_64x64, gemm_any, gemm_sum;
+    gemm_f32: ["float"] ["GEMM=0" "GEMM=1" "GEMM=2" "GEMM=3"] => gemm_128x128, gemm_64x64, gemm_any, gemm_sum;
+    gemm_sm90: ["bf16" "f16"] ["GEMM=0" "GEMM=1" "GEMM=2" "GEMM=3" "GEMM=4" "GEMM=5" "GEMM=6" "GEMM=7"] =>
+        gemm_tma_256, gemm_tma_128;
 }

@@ -80,7 +80,7 @@ impl View {
         let whole = self.rank == 1 || width % pack == 0;
         match stride {
             0 if whole => Packs::Repeated,
-            1 if whole && pointer % 16 == 0 && self.outer_strides().all(|s| s % pack == 0) => Packs::Dense,
+            1 if whole && pointer.is_multiple_of(16) && self.outer_strides().all(|s| s % pack == 0) => Packs::Dense,
             _ => Packs::None,
         }
     }
@@ -89,6 +89,9 @@ impl View {
         (0..self.rank as usize).map(|i| (self.shape[i] as usize, self.stride[i] as usize))
     }
 }
+
+/// Fields that a block of parameters has at most.
+const WORDS: usize = 32;
 
 /// What 16 bytes' worth of a view's elements are: see [`View::packs`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +109,8 @@ pub(crate) enum Packs {
 pub(crate) enum Arg {
     Word(u64),
     View(View),
+    /// A block of parameters by value: a struct of 64-bit fields, at most as many as this has.
+    Words([u64; WORDS]),
 }
 
 impl From<usize> for Arg {
@@ -138,6 +143,12 @@ impl From<View> for Arg {
         Self::View(x)
     }
 }
+impl<const N: usize> From<[u64; N]> for Arg {
+    fn from(x: [u64; N]) -> Self {
+        const { assert!(N <= WORDS) };
+        Self::Words(std::array::from_fn(|i| x.get(i).copied().unwrap_or(0)))
+    }
+}
 
 impl Gpu {
     /// Submit a kernel. A grid without blocks is no work, and none is done.
@@ -165,6 +176,7 @@ impl Gpu {
             .map(|a| match a {
                 Arg::Word(w) => (w as *const u64).cast_mut().cast(),
                 Arg::View(v) => (v as *const View).cast_mut().cast(),
+                Arg::Words(w) => w.as_ptr().cast_mut().cast(),
             })
             .collect();
         let three = |n: [usize; 3]| (n[0] as u32, n[1] as u32, n[2] as u32);

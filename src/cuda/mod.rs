@@ -13,6 +13,7 @@ mod launch;
 pub mod libraries;
 mod memory;
 mod module;
+mod tensor_map;
 
 pub use blas::{Gemm, gemm, set_gemm, set_tf32};
 pub(crate) use blas::{Kind, Matrix, Product};
@@ -21,5 +22,6 @@ pub use gpu::{Gpu, Stopwatch, device_count, gpu};
 pub(crate) use launch::{Arg, Grid, Packs, View};
 pub(crate) use memory::CudaBuffer;
 pub use memory::CudaMemory;
-pub(crate) use module::Variant;
 pub use module::{CompileReport, cache_folder, compile_for};
+pub(crate) use module::{Symbol, Variant};
+pub(crate) use tensor_map::boxes;

@@ -203,24 +203,25 @@ pub(super) struct Function(pub sys::CUfunction);
 // SAFETY: functions are handles that the driver lets any thread use; modules are never unloaded.
 unsafe impl Send for Function {}
 
-/// The functions loaded on one device.
+/// The functions loaded on one device, by file, variant and name.
 #[derive(Default)]
 pub(super) struct Modules {
-    functions: Mutex<HashMap<(&'static str, Variant), Function>>,
+    functions: Mutex<HashMap<(&'static str, Variant, &'static str), Function>>,
 }
 
 impl Gpu {
     /// The entry point `symbol` of the module `variant`, compiled and loaded if it is not yet.
     pub(super) fn function(&self, symbol: Symbol, variant: Variant) -> Result<Function> {
         let mut functions = self.modules.functions.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(f) = functions.get(&(symbol.name, variant)) {
+        let key = |name| (symbol.source.name, variant, name);
+        if let Some(f) = functions.get(&key(symbol.name)) {
             return Ok(*f);
         }
         for (name, f) in self.load(symbol.source, variant)? {
-            functions.insert((name, variant), f);
+            functions.insert(key(name), f);
         }
         let missing = || symbol.source.failed(variant, format!("has no entry point {}", symbol.name));
-        functions.get(&(symbol.name, variant)).copied().ok_or_else(missing)
+        functions.get(&key(symbol.name)).copied().ok_or_else(missing)
     }
 
     /// All entry points of a module.

@@ -27,11 +27,11 @@ pub fn cpu() -> bool {
 }
 
 /// Note that `cases` comparisons of an op in a dtype ran on CUDA, the worst using `share` of its error bound. Written to
-/// `FELID_REPORT/<suite>.json`, if that is set.
-pub fn report(suite: &str, op: &str, dtype: DType, cases: usize, share: f64) {
+/// `FELID_REPORT/<test program>.json`, if that is set.
+pub fn report(op: &str, dtype: DType, cases: usize, share: f64) {
     #[cfg(feature = "cuda")]
-    written::note(suite, op, dtype, cases, share);
-    let _ = (suite, op, dtype, cases, share);
+    written::note(op, dtype, cases, share);
+    let _ = (op, dtype, cases, share);
 }
 
 #[cfg(feature = "cuda")]
@@ -42,7 +42,7 @@ mod written {
 
     static OPS: Mutex<Option<Map<String, Value>>> = Mutex::new(None);
 
-    pub fn note(suite: &str, op: &str, dtype: DType, cases: usize, share: f64) {
+    pub fn note(op: &str, dtype: DType, cases: usize, share: f64) {
         let Some(dir) = std::env::var_os("FELID_REPORT") else { return };
         let mut ops = OPS.lock().unwrap();
         let ops = ops.get_or_insert_default();
@@ -51,6 +51,7 @@ mod written {
         let of = |key: &str| old.and_then(|o| o[key].as_f64()).unwrap_or(0.0);
         let (cases, share) = (cases + of("cases") as usize, share.max(of("worst_share_of_bound")));
         entry.insert(dtype.to_string(), json!({ "cases": cases, "worst_share_of_bound": share }));
+        let suite = env!("CARGO_CRATE_NAME");
         let gpu = felid::cuda::gpu(0).unwrap();
         let whole = json!({
             "suite": suite,

@@ -197,7 +197,7 @@ fn check_draw(row: &Row, dims: [usize; 4], seed_value: u64, probes: usize) -> st
         }
         if let Some(cuda) = devices::cuda().filter(|_| dtype != DType::F64) {
             check_on(cuda, &case, &truth, &inputs)
-                .map(|(cases, share)| devices::report("ops", row.name, dtype, cases, share))
+                .map(|(cases, share)| devices::report(row.name, dtype, cases, share))
                 .map_err(|(what, e)| fail(dtype, &format!("{cuda}, {what}"), e))?;
         }
     }

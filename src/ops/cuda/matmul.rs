@@ -3,6 +3,7 @@
 
 use super::gemm_native::native_product;
 use crate::cuda::{self, Gemm, Kind, Matrix, Product, View};
+use crate::ops::elementwise::same_dtype;
 use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
 
@@ -100,12 +101,17 @@ fn in_batch(t: &Tensor) -> Result<(Tensor, Matrix)> {
 
 /// `y = a b (+ y)`; y is contiguous and has one owner.
 fn multiply(a: &Tensor, b: &Tensor, am: Matrix, bm: Matrix, y: &mut Tensor, batch: usize, accumulate: bool) -> Result<()> {
+    same_dtype("matmul", &[a, b])?;
     let gpu = a.gpu()?;
     let (rows, cols) = (am.rows, bm.cols);
     let pointer = y.pointer()?;
     let d = Matrix { pointer, rows, cols, leading: cols, by_columns: false, batch_stride: rows * cols };
     let product = Product { a: am, b: bm, d, batch, input: kind(a.dtype())?, output: kind(y.dtype())?, accumulate };
     // SAFETY: a, b and y are alive and as large as their shapes; y is new or owned alone, so it overlaps neither.
-    let done = cuda::gemm() == Gemm::Auto && unsafe { gpu.blas_product(&product)? };
-    if done { Ok(()) } else { native_product(gpu, b, y, &product) }
+    unsafe {
+        match cuda::gemm() == Gemm::Auto && gpu.blas_product(&product)? {
+            true => Ok(()),
+            false => native_product(gpu, &product),
+        }
+    }
 }

@@ -25,9 +25,3 @@ pub mod sample;
 pub mod softmax;
 pub mod swiglu;
 pub mod write_rows;
-
-use crate::Error;
-
-fn missing(op: &'static str) -> Error {
-    Error::Device { device: "cuda".into(), detail: format!("{op} has no kernel yet") }
-}

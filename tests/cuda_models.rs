@@ -1,0 +1,186 @@
+//! Models, golden files and training on a CUDA device, against the CPU. Skipped, with a word, where there is none.
+#![cfg(feature = "cuda")]
+
+#[path = "common/agree.rs"]
+mod agree;
+mod common;
+#[path = "common/devices.rs"]
+mod devices;
+
+use agree::{FLOATS, wave};
+use common::{KINDS, model};
+use felid::cuda::gpu;
+use felid::eval::parity::{evaluate, parity, relative_l2};
+use felid::generate::{GenerateOptions, generate};
+use felid::model::Cat;
+use felid::tensor::{DType, Device, Tensor};
+use felid::train::{TrainConfig, Trainer};
+use std::path::Path;
+
+/// The same model with every weight off by up to a rounding of f32: how far its results move says how far any sequence of
+/// roundings may move them.
+fn jolted(m: &Cat, seed: u64) -> Cat {
+    let mut m = m.clone();
+    for (i, p) in m.params_mut().into_iter().enumerate() {
+        let n = p.value().numel();
+        let noise = wave(&[n], 1000 * seed + i as u64).to_f64_vec().unwrap();
+        let values = p.value().to_f64_vec().unwrap().into_iter().zip(noise);
+        let moved = values.map(|(x, e)| x * (1.0 + e * 2f64.powi(-24))).collect::<Vec<f64>>();
+        let shape = p.shape().to_vec();
+        *p.value_mut() = Tensor::from_vec(moved, &shape).unwrap();
+    }
+    m
+}
+
+/// f32 on CUDA errs no more than 8 times what the worst does of the CPU in f32 and of models in f64 whose weights are off by
+/// a rounding.
+#[test]
+fn random_models_agree() {
+    let Some(cuda) = devices::cuda() else { return };
+    for kind in KINDS {
+        for seed in 0..6 {
+            let m = model(kind, seed);
+            let c = m.config().clone();
+            let there = m.clone().to_device(cuda).unwrap();
+            let chunk = c.allowed_chunk_sizes().into_iter().nth(seed as usize % 3);
+            let n = c.block_size - seed as usize % 4;
+            let text: Vec<i64> = (0..2 * n).map(|i| (i * 7 + seed as usize) as i64 % c.vocab_size as i64).collect();
+            let text = Tensor::ids(&text, &[2, n]).unwrap();
+            let results = |m: &Cat| {
+                let o = evaluate(m, &text, Some(&text), chunk).unwrap();
+                let logits = ("logits".to_string(), o.logits);
+                [logits].into_iter().chain(o.gradients).collect::<Vec<_>>()
+            };
+            let exact = common::cast(&m, DType::F64);
+            let want = results(&exact);
+            let rough: Vec<_> = [results(&m)].into_iter().chain((0..4).map(|i| results(&jolted(&exact, i)))).collect();
+            for (i, (name, got)) in results(&there).iter().enumerate() {
+                let off = |r: &Tensor| relative_l2(r, &want[i].1).unwrap();
+                let naive = rough.iter().map(|r| off(&r[i].1)).fold(2f64.powi(-24), f64::max);
+                assert!(off(got) <= 8.0 * naive, "{kind:?} {seed} {name}: {:.2e}, others {naive:.2e}", off(got));
+            }
+            let options = || GenerateOptions { max_new_tokens: n / 2, chunk_size: chunk, ..Default::default() };
+            let prompt = text.narrow(1, 0, n - n / 2).unwrap();
+            let (got, want) = (generate(&there, &prompt, options()).unwrap(), generate(&m, &prompt, options()).unwrap());
+            assert_eq!(got.to_vec::<i64>().unwrap(), want.to_vec::<i64>().unwrap(), "{kind:?} {seed}");
+        }
+    }
+}
+
+#[test]
+fn golden_files_pass() {
+    let Some(cuda) = devices::cuda() else { return };
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden");
+    let dir = if dir.exists() { dir } else { "tests/fixtures/golden".into() };
+    for name in
+        ["transformer.safetensors", "cat_fixed.safetensors", "cat_adaptive.safetensors", "cat_layer.safetensors", "hf_cat"]
+    {
+        for dtype in FLOATS {
+            for c in parity(&dir.join(name), dtype, cuda).unwrap() {
+                assert!(c.pass, "{name} {dtype}: {c:?}");
+                devices::report(name, dtype, 1, c.logits / c.logits_bound);
+            }
+        }
+    }
+}
+
+fn small(dir: &Path, more: &str) -> TrainConfig {
+    let text = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. ".repeat(300);
+    let data = dir.join("text.txt");
+    std::fs::write(&data, text).unwrap();
+    let toml = format!(
+        "preset = 'nano'\ndata = {:?}\nout = {:?}\nbatch_size = 4\nseq_len = 64\nsteps = 40\nwarmup = 4\n{more}",
+        data.display().to_string(),
+        dir.join("run").display().to_string(),
+    );
+    let table = TrainConfig::parse_table(&toml, Path::new("test")).unwrap();
+    TrainConfig::from_table(table, Path::new("test"), "nano").unwrap()
+}
+
+#[test]
+fn training_agrees_with_the_cpu_and_with_itself() {
+    let Some(cuda) = devices::cuda() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let losses = |config: TrainConfig, device: Device| -> Vec<f64> {
+        let mut t = Trainer::on(config, device).unwrap();
+        (0..12).map(|_| t.step().unwrap().loss).collect()
+    };
+    let here = losses(small(dir.path(), ""), Device::Cpu);
+    let there = losses(small(dir.path(), ""), cuda);
+    for (a, b) in here.iter().zip(&there) {
+        assert!((a - b).abs() <= 1e-4 * a, "{here:?} {there:?}");
+    }
+    // the same bits again, with accumulation and recomputation
+    let more = "grad_accum = 2\nrecompute = true\ndtype = 'bf16'";
+    let bits = |l: Vec<f64>| l.into_iter().map(f64::to_bits).collect::<Vec<_>>();
+    let first = losses(small(dir.path(), more), cuda);
+    assert_eq!(bits(first.clone()), bits(losses(small(dir.path(), more), cuda)));
+    let wide = losses(small(dir.path(), "grad_accum = 2"), cuda);
+    for (a, b) in wide.iter().zip(&first) {
+        // bf16 keeps 8 bits: the mean over hundreds of tokens, after some ten roundings each
+        assert!((a - b).abs() <= 10.0 * 2f64.powi(-9) * a, "{wide:?} {first:?}");
+    }
+}
+
+/// The preset that the CPU is measured with: its first 50 losses on real text.
+#[test]
+fn the_first_losses_of_cpu_small_agree() {
+    let Some(cuda) = devices::cuda() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let losses = |dtype: DType, device: Device| -> Vec<f64> {
+        let preset = TrainConfig::preset("cpu-small").unwrap();
+        let mut t = Trainer::on(TrainConfig { dtype, out: dir.path().into(), ..preset }, device).unwrap();
+        (0..50).map(|_| t.step().unwrap().loss).collect()
+    };
+    let (here, there) = (losses(DType::F32, Device::Cpu), losses(DType::F32, cuda));
+    let apart = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs() / a).fold(0.0, f64::max);
+    let (f32_apart, bf16_apart) = (apart(&here, &there), apart(&here, &losses(DType::BF16, cuda)));
+    println!("first 50 losses of cpu-small: f32 {f32_apart:.1e} apart, bf16 {bf16_apart:.1e}");
+    assert!(f32_apart <= 1e-4, "{here:?} {there:?}");
+    assert!(bf16_apart <= 10.0 * 2f64.powi(-9), "{bf16_apart}");
+    devices::report("cpu-small, 50 losses", DType::F32, 50, f32_apart / 1e-4);
+    devices::report("cpu-small, 50 losses", DType::BF16, 50, bf16_apart / (10.0 * 2f64.powi(-9)));
+}
+
+#[test]
+fn checkpoints_move_between_devices() {
+    let Some(cuda) = devices::cuda() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    for dtype in ["f32", "bf16"] {
+        let config = small(dir.path(), &format!("dtype = '{dtype}'"));
+        let mut t = Trainer::on(config.clone(), cuda).unwrap();
+        (0..3).for_each(|_| drop(t.step().unwrap()));
+        t.save().unwrap();
+        let straight: Vec<f64> = (0..3).map(|_| t.step().unwrap().loss).collect();
+        let mut again = Trainer::resume_on(&config.out, cuda, Ok).unwrap();
+        let resumed: Vec<f64> = (0..3).map(|_| again.step().unwrap().loss).collect();
+        assert_eq!(straight, resumed);
+        let mut here = Trainer::resume(&config.out, Ok).unwrap();
+        let moved = here.step().unwrap().loss;
+        let unit = if dtype == "f32" { 1e-4 } else { 10.0 * 2f64.powi(-9) };
+        assert!((moved - straight[0]).abs() <= unit * moved, "{dtype}: {moved} {straight:?}");
+    }
+}
+
+#[test]
+fn memory_is_counted_and_stays_flat() {
+    let Some(cuda) = devices::cuda() else { return };
+    let Device::Cuda(n) = cuda else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let config = TrainConfig { steps: 1100, ..small(dir.path(), "dtype = 'bf16'") };
+    let mut t = Trainer::on(config, cuda).unwrap();
+    let held = |t: &mut Trainer, steps: usize| {
+        (0..steps).for_each(|_| drop(t.step().unwrap()));
+        gpu(n).unwrap().synchronize().unwrap();
+        gpu(n).unwrap().memory_stats()
+    };
+    let early = held(&mut t, 9);
+    let late = held(&mut t, 999);
+    let of = |s: &felid::cuda::CudaMemory, name: &str| s.by_category.iter().find(|(c, _)| *c == name).map_or(0, |(_, b)| *b);
+    for kind in ["weights", "optimizer"] {
+        assert!(of(&early, kind) > 0);
+    }
+    // flat: what is held after a step, and the most that one took, stay what they were once every chunk size has been seen
+    assert_eq!((&early.by_category, early.peak), (&late.by_category, late.peak));
+    assert!(late.reserved <= early.reserved + (64 << 20), "{early:?} {late:?}");
+}
