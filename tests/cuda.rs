@@ -68,6 +68,17 @@ fn layers_agree() {
             });
         }
     }
+    for width in [264, 67] {
+        for chunk in [1, 4, 16] {
+            let slots = [3, 1000 / chunk + 1, width];
+            agrees(&format!("blocks of {chunk}, {width} wide"), &[&slots, &[3, 1000, width]], |v| {
+                one(ops::assemble_blocks(&v[0], None, &v[1], chunk))
+            });
+            agrees(&format!("separated blocks of {chunk}, {width} wide"), &[&slots, &[3, 1000, width], &[1, width]], |v| {
+                one(ops::assemble_blocks(&v[0], Some(&v[2]), &v[1], chunk))
+            });
+        }
+    }
     let tokens = Tensor::ids(&ids(4000, 301), &[4, 1000]).unwrap();
     agrees("embedding", &[&[301, 520]], |v| one(ops::embedding(&tokens, &v[0])));
     let frequent =

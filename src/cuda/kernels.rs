@@ -46,6 +46,8 @@ kernels! {
     attention_sum: ["float" "bf16" "f16"] [] => attention_backward_sum;
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
     adamw: ["float" "bf16" "f16"] [] => adamw_squares, adamw_norm, adamw_update;
+    assemble_blocks: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => assemble_blocks, assemble_blocks_backward,
+        assemble_blocks_separator;
     cross_entropy: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => cross_entropy, cross_entropy_backward,
         cross_entropy_in_place, cross_entropy_mean;
     linear_cross_entropy: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => linear_cross_entropy_scale,

@@ -7,7 +7,6 @@ use super::kv_cache::LayerCache;
 use super::layers::{Pass, Stack, linear_init};
 use super::param::{Builder, Param};
 use super::plan::ChunkPlan;
-use super::sequence::assemble;
 use crate::autograd::{Var, no_grad};
 use crate::memory::{Category, counted_as};
 use crate::ops::{self, Mask, RopeTable, concat, expand, narrow, reshape};
@@ -151,7 +150,7 @@ impl Cat {
             Some(plan) if self.chunks.is_some() => {
                 let tokens = ops::embedding(ids, &self.wte)?;
                 let slots = self.slots(ids, plan.full_chunks(), chunk, options.recompute)?;
-                let x = assemble(&plan, &slots, self.separator(), &tokens)?;
+                let x = ops::assemble_blocks(&slots, self.separator(), &tokens, chunk)?;
                 let mut pass = Pass::new(self.rope(&plan.positions())?, plan.mask());
                 pass.keep = Some(plan.outputs());
                 (x, pass)

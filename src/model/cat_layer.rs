@@ -5,7 +5,6 @@ use super::kv_cache::{CatLayerCache, LayerCache};
 use super::layers::{Attention, AttentionShape, Pass, linear_init};
 use super::param::{Builder, Init, Param};
 use super::plan::ChunkPlan;
-use super::sequence::assemble;
 use crate::autograd::Var;
 use crate::ops::{self, Mask, RopeTable, concat};
 use crate::{Error, Result};
@@ -70,7 +69,7 @@ impl CatLayer {
             0 => dummy,
             _ => concat(&[&dummy, &self.compress(&ops::narrow(x, 1, 0, full)?, plan.chunk)?], 1)?,
         };
-        assemble(plan, &slots, None, &ops::linear(x, &self.expand, None)?)
+        ops::assemble_blocks(&slots, None, &ops::linear(x, &self.expand, None)?, plan.chunk)
     }
 
     pub fn forward(&self, x: &Var, pass: &Pass) -> Result<Var> {

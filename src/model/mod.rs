@@ -13,7 +13,6 @@ mod kv_cache;
 mod layers;
 mod param;
 mod plan;
-mod sequence;
 
 pub use cat::{Cache, Cat, ForwardOptions, IGNORE_INDEX};
 pub use checkpoint::{Checkpoint, FolderFormat, load, load_config, rename, save, write_json};

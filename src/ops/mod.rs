@@ -23,6 +23,7 @@ pub(crate) mod cpu;
 pub(crate) mod cuda;
 
 mod adamw;
+mod assemble_blocks;
 mod attention;
 mod cast;
 mod concat;
@@ -43,6 +44,7 @@ mod swiglu;
 mod write_rows;
 
 pub use adamw::{AdamWParam, AdamWSettings, adamw, adamw_step, global_norm};
+pub use assemble_blocks::assemble_blocks;
 pub use attention::{Mask, attention};
 pub use cast::{cast, cast_tensor};
 pub use concat::concat;

@@ -95,6 +95,12 @@ fn wrong() -> Vec<Attempt> {
         shape embedding: ops::embedding(&ids(&[0]), &f32s(&[4]));
         index index_select: ops::index_select(&f32s(&[4, 2]), 1, &[0, 2]);
         shape index_select: ops::index_select(&f32s(&[4, 2]), 2, &[0]);
+        shape assemble_blocks: ops::assemble_blocks(&f32s(&[1, 2, 3]), None, &f32s(&[1, 5, 3]), 0);
+        shape assemble_blocks: ops::assemble_blocks(&f32s(&[1, 2, 3]), None, &f32s(&[1, 5, 3]), 6);
+        shape assemble_blocks: ops::assemble_blocks(&f32s(&[1, 2, 3]), None, &f32s(&[2, 5, 3]), 5);
+        shape assemble_blocks: ops::assemble_blocks(&f32s(&[1, 2]), None, &f32s(&[1, 5]), 5);
+        shape assemble_blocks: ops::assemble_blocks(&f32s(&[1, 2, 3]), Some(&f32s(&[3])), &f32s(&[1, 5, 3]), 5);
+        dtype assemble_blocks: ops::assemble_blocks(&f32s(&[1, 2, 3]), Some(&f64s(&[1, 3])), &f32s(&[1, 5, 3]), 5);
         shape rope: rope(&f32s(&[1, 2, 3, 4]), 4, 4);
         shape rope: rope(&f32s(&[1, 2, 3, 4]), 3, 6);
         shape rope: rope(&f32s(&[4]), 4, 4);
@@ -220,6 +226,11 @@ fn nothing_in_gives_nothing_or_an_error() {
         there_and_back(norm, &[&shape, &shape[1..]]).unwrap();
         let norm: Op = |v| ops::add_rms_norm(&v[0], &v[1], &v[2], 1e-5).map(|(y, h)| vec![y, h]);
         there_and_back(norm, &[&shape, &shape, &shape[1..]]).unwrap();
+    }
+    for [b, n, d] in [[0, 7, 4], [2, 0, 4], [2, 7, 0]] {
+        let assembled: Op = |v| Ok(vec![ops::assemble_blocks(&v[0], v.get(2), &v[1], 3)?]);
+        there_and_back(assembled, &[&[b, n / 3 + 1, d], &[b, n, d]]).unwrap();
+        there_and_back(assembled, &[&[b, n / 3 + 1, d], &[b, n, d], &[1, d]]).unwrap();
     }
     for [b, l, d] in [[0, 2, 4], [2, 0, 4], [2, 3, 0]] {
         let turned: Op = |v| {

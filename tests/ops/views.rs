@@ -17,6 +17,32 @@ fn moved(
     Case::one(vec![input], move |v| op(&v[0]), move |x| Array::build(&shape, |i| x[0].at(&from(i))))
 }
 
+/// Spec sections 2 and 4: every chunk's tokens after a slot and maybe a separator, dead rows left out.
+fn assembled(d: &mut Draw, separated: bool) -> Case {
+    let [b, n, width, _] = d.dims;
+    let chunk = 1 + d.below(n.min(9) + 1);
+    let full = n / chunk;
+    let mut inputs = vec![d.input(&[b, full + 1, width], -1.0, 1.0), d.input(&[b, n, width], -1.0, 1.0)];
+    if separated {
+        inputs.push(d.input(&[1, width], -1.0, 1.0));
+    }
+    // which input a row is of, and which of its rows
+    let mut rows = Vec::new();
+    for k in 0..=full {
+        rows.push((0, k));
+        rows.extend(separated.then_some((2, 0)));
+        let end = if k < full { (k + 1) * chunk - 1 } else { n };
+        rows.extend((k * chunk..end).map(|token| (1, token)));
+    }
+    let op = move |v: &[Var]| ops::assemble_blocks(&v[0], v.get(2), &v[1], chunk);
+    Case::one(inputs, op, move |x| {
+        Array::build(&[b, rows.len(), width], |i| match rows[i[1]] {
+            (2, _) => x[2].at(&[0, i[2]]),
+            (input, row) => x[input].at(&[i[0], row, i[2]]),
+        })
+    })
+}
+
 const LARGE: [usize; 4] = [3, 5, 2300, 1];
 
 table! {
@@ -116,4 +142,6 @@ table! {
             x[0].at(&i)
         }))
     };
+    assemble_blocks, large [7, 601, 33, 1], |d| assembled(d, false);
+    assemble_blocks_with_separator, large [7, 601, 33, 1], |d| assembled(d, true);
 }

@@ -5,6 +5,7 @@
 //! on the number of threads, because work is cut by shape and never by thread.
 
 pub mod adamw;
+pub mod assemble_blocks;
 pub mod attention;
 pub mod cast;
 pub mod concat;
