@@ -53,6 +53,21 @@ fn layers_agree() {
     let positions: Vec<usize> = (0..333).map(|i| i % 18).collect();
     let table = ops::RopeTable::new(&positions, 64, 1e4).unwrap();
     agrees("rope of transposed heads", &[&[2, 333, 4, 64]], |v| one(ops::rope(&ops::transpose(&v[0], 1, 2)?, &table)));
+    // heads in whole packs, some turning in part, some in more than a warp's packs; heads that are not
+    for (d, n) in [(64, 64), (64, 32), (96, 96), (128, 128), (512, 64), (50, 50), (64, 20)] {
+        let table = ops::RopeTable::new(&positions, n, 1e4).unwrap();
+        for (heads, kv) in [(5, 5), (32, 4)] {
+            let name = format!("{heads} and {kv} heads of {d}, {n} turning");
+            let joint = [2, 333, (heads + 2 * kv) * d];
+            agrees(&format!("qk_norm_rope, {name}"), &[&joint, &[d], &[d]], |v| {
+                let norm = ops::QkNorm { q: &v[1], k: &v[2], eps: 1e-5 };
+                ops::qk_norm_rope(&v[0], heads, kv, Some(norm), &table).map(Vec::from)
+            });
+            agrees(&format!("qk_rope, {name}"), &[&joint], |v| {
+                ops::qk_norm_rope(&v[0], heads, kv, None, &table).map(Vec::from)
+            });
+        }
+    }
     let tokens = Tensor::ids(&ids(4000, 301), &[4, 1000]).unwrap();
     agrees("embedding", &[&[301, 520]], |v| one(ops::embedding(&tokens, &v[0])));
     let frequent =

@@ -64,13 +64,13 @@ pub struct KernelsReport {
     pub peer: Option<(String, String)>,
 }
 
-type Op = Box<dyn Fn(&[Var]) -> Result<Var>>;
+type Op<Y> = Box<dyn Fn(&[Var]) -> Result<Y>>;
 
 /// A row of the table: name, shapes of the inputs, the op, bytes (forward, both) and operations (forward, both).
 struct Row {
     op: String,
     shapes: Vec<Vec<usize>>,
-    run: Op,
+    run: Op<Vec<Var>>,
     bytes: [usize; 2],
     flops: [usize; 2],
 }
@@ -94,10 +94,10 @@ pub fn bench_kernels(s: KernelsBench, device: Device, peer: Option<(String, Stri
 
 fn table(s: &KernelsBench) -> Result<Vec<Row>> {
     let (r, d, m, v, e) = (s.rows, s.dim, s.ffn, s.vocab, s.dtype.size());
-    let row = |op: &str, shapes: &[&[usize]], bytes: [usize; 2], flops: [usize; 2], run: Op| Row {
+    let row = |op: &str, shapes: &[&[usize]], bytes: [usize; 2], flops: [usize; 2], run: Op<Var>| Row {
         op: op.into(),
         shapes: shapes.iter().map(|s| s.to_vec()).collect(),
-        run,
+        run: Box::new(move |x| Ok(vec![run(x)?])),
         bytes,
         flops,
     };
@@ -112,11 +112,12 @@ fn table(s: &KernelsBench) -> Result<Vec<Row>> {
     let (heads, width) = (d / s.head_dim.min(d), s.head_dim.min(d));
     let positions: Vec<usize> = (0..r).map(|i| i % 18).collect();
     let table = ops::RopeTable::new(&positions, width, 1e4)?;
+    let (fused, joint) = (table.clone(), r * heads * width * e);
     let kept: Vec<usize> = (0..r).filter(|i| i % 18 != 0).collect();
     let linear = |name: &str, i: usize, o: usize| {
         let bytes = (r * i + o * i + r * o) * e;
         let flops = 2 * r * i * o;
-        let run: Op = Box::new(|x| ops::linear(&x[0], &x[1], None));
+        let run: Op<Var> = Box::new(|x| ops::linear(&x[0], &x[1], None));
         row(
             &format!("linear {name} [{r}, {i}] x [{o}, {i}]"),
             &[&[r, i], &[o, i]],
@@ -148,6 +149,17 @@ fn table(s: &KernelsBench) -> Result<Vec<Row>> {
             [0; 2],
             Box::new(move |x| ops::rope(&ops::transpose(&x[0], 0, 1)?, &table)),
         ),
+        Row {
+            op: "qk_norm_rope of a fused projection".into(),
+            shapes: vec![vec![1, r, 3 * heads * width], vec![width], vec![width]],
+            // forward reads and writes q and k; backward reads them once more, all gradients, and writes as many
+            bytes: [4 * joint, 12 * joint],
+            flops: [0; 2],
+            run: Box::new(move |x| {
+                let norm = ops::QkNorm { q: &x[1], k: &x[2], eps: 1e-5 };
+                ops::qk_norm_rope(&x[0], heads, heads, Some(norm), &fused).map(Vec::from)
+            }),
+        },
         row("swiglu", &[&[r, m], &[r, m]], [3 * gates, 8 * gates], [0; 2], Box::new(|x| ops::swiglu(&x[0], &x[1]))),
         row(
             "embedding",
@@ -197,15 +209,11 @@ fn measure(s: &KernelsBench, machine: &Machine, device: Device, row: Row) -> Res
         })
         .collect::<Result<Vec<Vec<Var>>>>()?;
     let forward = no_grad(|| time(device, 3, s.runs, |i| (row.run)(&inputs[i % sets]).map(drop)))?;
-    let seed = no_grad(|| (row.run)(&inputs[0]))?;
-    let seed = match seed.shape() {
-        [] => Tensor::full(1.0, &[], seed.dtype(), device)?,
-        shape => random_tensor(shape, seed.dtype(), device, 999)?,
-    };
+    let seeds = no_grad(|| (row.run)(&inputs[0]))?.iter().map(|y| seed(y.value())).collect::<Result<Vec<_>>>()?;
     let both = |i: usize| {
         let (tape, mut grads) = (ops::tape(), Gradients::default());
         let y = tape.record(|| (row.run)(&inputs[i % sets]))?;
-        tape.backward_from(&[(&y, seed.clone())], &mut grads)
+        tape.backward_from(&y.iter().zip(seeds.iter().cloned()).collect::<Vec<_>>(), &mut grads)
     };
     let forward_backward = time(device, 3, s.runs, both)?;
     let share = |spread: &Spread, i: usize| {
@@ -221,6 +229,19 @@ fn measure(s: &KernelsBench, machine: &Machine, device: Device, row: Row) -> Res
         flops: row.flops.map(|n| n as f64),
         scratch_bytes: None,
     })
+}
+
+/// A gradient for y, in y's order in memory: 1 for a scalar.
+fn seed(y: &Tensor) -> Result<Tensor> {
+    if y.rank() == 0 {
+        return Tensor::full(1.0, &[], y.dtype(), y.device());
+    }
+    let mut order: Vec<usize> = (0..y.rank()).collect();
+    order.sort_by_key(|&d| std::cmp::Reverse(y.layout().strides()[d]));
+    let shape: Vec<usize> = order.iter().map(|&d| y.dim(d)).collect();
+    let mut inverse = order.clone();
+    order.iter().enumerate().for_each(|(i, &d)| inverse[d] = i);
+    random_tensor(&shape, y.dtype(), y.device(), 999)?.permute(&inverse)
 }
 
 /// A step over sixteen f32 parameters, gradient norm and clip included: 8 words read or written for each of them (the

@@ -50,6 +50,8 @@ kernels! {
         cross_entropy_in_place, cross_entropy_mean;
     linear_cross_entropy: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => linear_cross_entropy_scale,
         linear_cross_entropy_rows;
+ qk_norm_rope: ["float" "bf16" "f16"] [] => qk_norm_rope, qk_rope, qk_norm_rope_single, qk_norm_rope_backward,
+        qk_rope_backward, qk_norm_rope_backward_single;
     rms_norm: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => rms_norm_1, rms_norm_2, rms_norm_4, rms_norm_8,
         rms_norm_long, rms_norm_backward_short, rms_norm_backward_1, rms_norm_backward_2, rms_norm_backward_long,
         rms_norm_weight;

@@ -7,7 +7,7 @@ use super::param::{Builder, Init, Param};
 use super::plan::ChunkPlan;
 use crate::Result;
 use crate::autograd::{Var, recompute};
-use crate::ops::{self, Mask, RopeTable};
+use crate::ops::{self, Mask, QkNorm, RopeTable};
 
 /// Initial scale of linear and embedding weights: `sqrt(2 / (5 dim))`.
 pub(super) fn linear_init(dim: usize) -> Init {
@@ -78,19 +78,10 @@ impl Attention {
 
     /// x `[B, L, D]` -> q `[B, H, L, d]`, k and v `[B, Hkv, L, d]`, normed and turned.
     fn qkv(&self, x: &Var, rope: &RopeTable) -> Result<[Var; 3]> {
-        let AttentionShape { heads, kv_heads, head_dim: d, .. } = self.shape;
-        let (b, l) = (x.shape()[0], x.shape()[1]);
+        let AttentionShape { heads, kv_heads, .. } = self.shape;
         let joint = ops::linear(x, &self.wqkv, self.wqkv_bias.as_deref())?;
-        let parts = ops::split(&joint, 2, &[heads * d, kv_heads * d, kv_heads * d])?;
-        let part = |i: usize, heads: usize, norm: Option<&Norm>| -> Result<Var> {
-            let t = ops::reshape(&parts[i], &[b, l, heads, d])?;
-            let t = norm.map_or(Ok(t.clone()), |n| n.forward(&t))?;
-            ops::transpose(&t, 1, 2)
-        };
-        let (q_norm, k_norm) = (self.qk_norm.as_ref().map(|n| &n.0), self.qk_norm.as_ref().map(|n| &n.1));
-        let q = ops::rope(&part(0, heads, q_norm)?, rope)?;
-        let k = ops::rope(&part(1, kv_heads, k_norm)?, rope)?;
-        Ok([q, k, part(2, kv_heads, None)?])
+        let norm = self.qk_norm.as_ref().map(|(q, k)| QkNorm { q: &q.weight, k: &k.weight, eps: q.eps });
+        ops::qk_norm_rope(&joint, heads, kv_heads, norm, rope)
     }
 
     /// x `[B, L, D]` -> `[B, L', D]`: all rows, or those listed in `keep`.

@@ -16,6 +16,11 @@ fn ids(values: &[i64]) -> Tensor {
 fn rope(x: &Var, positions: usize, n: usize) -> Result<Var> {
     ops::rope(x, &ops::RopeTable::new(&(0..positions).collect::<Vec<_>>(), n, 1e4)?)
 }
+fn qk_norm_rope(x: &Var, heads: [usize; 2], weights: Option<[&Var; 2]>) -> Result<Var> {
+    let table = ops::RopeTable::new(&[0, 1], 2, 1e4)?;
+    let norm = weights.map(|[q, k]| ops::QkNorm { q, k, eps: 1e-5 });
+    ops::qk_norm_rope(x, heads[0], heads[1], norm, &table).map(|[q, ..]| q)
+}
 
 fn kind(e: &Error) -> &'static str {
     match e {
@@ -95,6 +100,15 @@ fn wrong() -> Vec<Attempt> {
         shape rope: rope(&f32s(&[4]), 4, 4);
         shape rope: rope(&f32s(&[1, 2, 3, 4]), 3, 3);
         config rope: ops::RopeTable::new(&[0], 2, 0.0);
+        shape qk_norm_rope: qk_norm_rope(&f32s(&[2, 16]), [2, 1], None);
+        shape qk_norm_rope: qk_norm_rope(&f32s(&[1, 2, 16]), [0, 0], None);
+        shape qk_norm_rope: qk_norm_rope(&f32s(&[1, 2, 16]), [1, usize::MAX], None);
+        shape qk_norm_rope: qk_norm_rope(&f32s(&[1, 2, 15]), [2, 1], None);
+        shape qk_norm_rope: qk_norm_rope(&f32s(&[1, 3, 16]), [2, 1], None);
+        shape qk_norm_rope: qk_norm_rope(&f32s(&[1, 2, 4]), [2, 1], None);
+        shape qk_norm_rope: qk_norm_rope(&f32s(&[1, 2, 16]), [2, 1], Some([&f32s(&[4]), &f32s(&[3])]));
+        dtype qk_norm_rope: qk_norm_rope(&f32s(&[1, 2, 16]), [2, 1], Some([&f64s(&[4]), &f64s(&[4])]));
+        dtype qk_norm_rope: qk_norm_rope(&ids(&[0; 32]).reshape(&[1, 2, 16])?.into(), [2, 1], None);
         config rope: ops::RopeTable::new(&[0], 2, f64::NAN);
         dtype rope: rope(&ids(&[1, 2]).reshape(&[1, 2])?.into(), 1, 2);
         shape swiglu: ops::swiglu(&f32s(&[2, 3]), &f32s(&[2, 1]));
@@ -206,5 +220,14 @@ fn nothing_in_gives_nothing_or_an_error() {
         there_and_back(norm, &[&shape, &shape[1..]]).unwrap();
         let norm: Op = |v| ops::add_rms_norm(&v[0], &v[1], &v[2], 1e-5).map(|(y, h)| vec![y, h]);
         there_and_back(norm, &[&shape, &shape, &shape[1..]]).unwrap();
+    }
+    for [b, l, d] in [[0, 2, 4], [2, 0, 4], [2, 3, 0]] {
+        let turned: Op = |v| {
+            let table = ops::RopeTable::new(&vec![0; v[0].shape()[1]], 0, 1e4)?;
+            let norm = v.get(1).zip(v.get(2)).map(|(q, k)| ops::QkNorm { q, k, eps: 1e-5 });
+            ops::qk_norm_rope(&v[0], 2, 1, norm, &table).map(Vec::from)
+        };
+        there_and_back(turned, &[&[b, l, 4 * d]]).unwrap();
+        there_and_back(turned, &[&[b, l, 4 * d], &[d], &[d]]).unwrap();
     }
 }

@@ -70,6 +70,35 @@ fn turned(x: &Array, positions: &[usize], n: usize, base: f64) -> Array {
     })
 }
 
+/// A fused projection `[b, l, (h + 2 kv) d]`, its query and key heads normed by two weights or not at all, and turned.
+fn projected(d: &mut Draw, normed_heads: bool) -> Case {
+    let [b, l, k, kv] = d.dims;
+    // heads of 16 bytes' multiples too, and some that turn in part
+    let k = if k < 6 && d.below(2) == 0 { 8 * k } else { k };
+    let (heads, width) = (kv * (1 + d.below(3)), 2 * k + [0, 1, 8][d.below(3)]);
+    let positions = positions(l, 1 + d.below(5));
+    let table = ops::RopeTable::new(&positions, 2 * k, 1000.0).unwrap();
+    let mut inputs = vec![d.input(&[b, l, (heads + 2 * kv) * width], -2.0, 2.0)];
+    if normed_heads {
+        inputs.extend([d.input(&[width], 0.5, 1.5), d.input(&[width], 0.5, 1.5)]);
+    }
+    let op = move |v: &[Var]| {
+        let norm = normed_heads.then(|| ops::QkNorm { q: &v[1], k: &v[2], eps: EPS });
+        ops::qk_norm_rope(&v[0], heads, kv, norm, &table).map(Vec::from)
+    };
+    Case::new(inputs, op, move |x| {
+        let part = |from: usize, heads: usize| {
+            Array::build(&[b, heads, l, width], |i| x[0].at(&[i[0], i[2], (from + i[1]) * width + i[3]]))
+        };
+        let head = |from: usize, heads: usize, w: usize| {
+            let y = part(from, heads);
+            let z = if normed_heads { y.map_rows(|row| normed(row, &x[w].data)) } else { y };
+            turned(&z, &positions, 2 * k, 1000.0)
+        };
+        vec![head(0, heads, 1), head(heads, kv, 2), part(heads + kv, kv)]
+    })
+}
+
 /// Spec section 3: what element j of `new` reads, where the input has `old`.
 fn interpolated(row: &[Num], new: usize) -> Vec<Num> {
     let (old, r) = (row.len(), row.len() as f64 / new as f64);
@@ -120,6 +149,8 @@ table! {
         let formula = move |x: &[Array]| turned(&x[0], &positions, 2 * k, 1000.0);
         Case::one(vec![d.input(&[b, h, l, width], -2.0, 2.0)], move |v| ops::rope(&v[0], &table), formula)
     };
+    qk_norm_rope, large [3, 40, 10, 3], |d| projected(d, true);
+    qk_rope, large [3, 40, 10, 3], |d| projected(d, false);
     softmax, large [5, 23, 301, 1], |d| {
         let [a, b, c, _] = d.dims;
         Case::one(vec![d.input(&[a, b, c], -4.0, 4.0)], |v| ops::softmax(&v[0]), |x| x[0].map_rows(probabilities))

@@ -15,6 +15,7 @@ pub mod interpolate;
 pub mod linear_cross_entropy;
 pub mod matmul;
 pub mod max;
+pub mod qk_norm_rope;
 pub mod reduce;
 pub mod rms_norm;
 pub mod rope;

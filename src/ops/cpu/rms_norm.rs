@@ -1,7 +1,7 @@
 //! RMSNorm on the CPU: a row a time, both directions side by side.
 
 use super::{rows_per_task, simd, sum_over};
-use crate::tensor::{DType, Float, Real, Tensor};
+use crate::tensor::{DType, Device, Float, Real, Tensor};
 use crate::{Result, with_float};
 use rayon::prelude::*;
 
@@ -104,16 +104,21 @@ pub(crate) fn backward(
                 dw
             })
             .collect();
-        let mut dw = match sum {
-            Some(sum) => sum,
-            None => Tensor::zeros(&[d], sum_dtype, x.device())?,
-        };
-        with_float!(dw.dtype(), "rms_norm", G => {
-            for (i, dw) in dw.as_mut_slice::<G>()?.iter_mut().enumerate() {
-                let total = A::of(dw.to_acc().f64()) + partial.iter().map(|p| p[i]).sum::<A>();
-                *dw = G::from_acc(<G as Float>::Acc::of(total.f64()));
-            }
-            Ok((dx, dw))
-        })
+        Ok((dx, total(&partial.concat(), d, sum, sum_dtype)?))
+    })
+}
+
+/// `sum + the rows of partial [parts, d]`, row after row, kept in `dtype`: the gradient of a weight.
+pub(super) fn total<A: Real>(partial: &[A], d: usize, sum: Option<Tensor>, dtype: DType) -> Result<Tensor> {
+    let mut dw = match sum {
+        Some(sum) => sum,
+        None => Tensor::zeros(&[d], dtype, Device::Cpu)?,
+    };
+    with_float!(dw.dtype(), "rms_norm", G => {
+        for (i, dw) in dw.as_mut_slice::<G>()?.iter_mut().enumerate() {
+            let total = A::of(dw.to_acc().f64()) + partial.iter().skip(i).step_by(d).copied().sum::<A>();
+            *dw = G::from_acc(<G as Float>::Acc::of(total.f64()));
+        }
+        Ok(dw)
     })
 }

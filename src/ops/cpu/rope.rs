@@ -3,7 +3,7 @@
 use super::elementwise::for_rows;
 use super::simd;
 use crate::ops::rope::RopeTable;
-use crate::tensor::{Element, Float, Tensor};
+use crate::tensor::{Float, Tensor};
 use crate::{Result, with_float};
 
 /// Turn x `[.., L, d]` by the table's angles, or back by them.
@@ -42,8 +42,9 @@ pub(crate) fn rotate(x: &Tensor, table: &RopeTable, back: bool) -> Result<Tensor
     })
 }
 
+/// One head, whose first elements turn by as many angles; from one type into another.
 #[inline(always)]
-fn turn<T: Float + Element>(x: &[T], angles: &[T::Acc], back: bool, y: &mut [T]) {
+pub(super) fn turn<S: Float<Acc = T::Acc>, T: Float>(x: &[S], angles: &[T::Acc], back: bool, y: &mut [T]) {
     let n = angles.len();
     let h = n / 2;
     let (cos, sin) = angles.split_at(h);
@@ -56,5 +57,7 @@ fn turn<T: Float + Element>(x: &[T], angles: &[T::Acc], back: bool, y: &mut [T])
         y1[i] = T::from_acc(a * c - b * s);
         y2[i] = T::from_acc(b * c + a * s);
     }
-    rest.copy_from_slice(tail);
+    for (y, x) in rest.iter_mut().zip(tail) {
+        *y = T::from_acc(x.to_acc());
+    }
 }

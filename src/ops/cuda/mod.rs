@@ -16,6 +16,7 @@ pub mod linear_cross_entropy;
 pub mod matmul;
 pub mod max;
 mod packs;
+pub mod qk_norm_rope;
 pub mod reduce;
 pub mod rms_norm;
 pub mod rope;
