@@ -139,13 +139,11 @@ impl Tensor {
         Self::over(CpuBuffer::unspecified(dtype, n), dtype, shape)
     }
     /// As [`Tensor::unspecified`], on any device.
+    #[cfg(feature = "cuda")]
     pub(crate) fn empty(shape: &[usize], dtype: DType, device: Device) -> Result<Self> {
         match device {
             Device::Cpu => Ok(Self::unspecified(shape, dtype)),
-            #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => cuda::empty(shape, dtype, ordinal),
-            #[cfg(not(feature = "cuda"))]
-            Device::Cuda(_) => Err(no_backend(device)),
         }
     }
     /// This tensor on another device, contiguous there; itself where it is there already.
