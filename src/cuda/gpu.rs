@@ -145,7 +145,7 @@ impl Gpu {
     pub(super) fn upload(&self, from: &[u8], to: u64) -> Result<()> {
         self.bind()?;
         // SAFETY: `to` is a buffer of at least from.len() bytes of this device (callers' buffers know their size). The
-        // driver has read pageable memory before this returns.
+        // driver stages pageable memory: it has read `from` before this returns.
         let answer = unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) };
         check(self.ordinal, "copy to the device", answer)
     }
