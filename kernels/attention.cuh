@@ -25,7 +25,7 @@ enum : int { CAUSAL = 0, FULL = 1, CAT = 2, JOINED = 3 };
 // Element strides of a [batch, heads, L, d] view with dense rows.
 struct Strides { i64 batch, head, row; };
 
-// `Attention` in ops/cuda/attention.rs: 64-bit fields only.
+// `Plan::words` in src/ops/cuda/attention.rs: 64-bit fields only.
 struct Attention {
   Strides q, k, v, dy;       // dy: the result's gradient
   i64 batch, heads, group;   // group: query heads that share a key head
@@ -127,7 +127,6 @@ DEVICE i64 stat_at(const Attention &a, const Place &p, int head, int row) {
 // ---- copies into shared memory ----
 
 DEVICE u32 shared_at(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-#ifndef EMULATED
 // 16 (or 4) bytes, zeros where `in` is false.
 DEVICE void copy16(u32 to, const void *from, bool in) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(in ? 16 : 0) : "memory");
@@ -142,7 +141,6 @@ DEVICE void store16(u32 to, const Pack<T> &x) {
   const u32 *w = reinterpret_cast<const u32 *>(&x);
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
 }
-#endif
 
 // N rows from `first` on into a tile with rows PITCH elements apart: zeros from row `end` and from column d on.
 template <int N, int PITCH, int THREADS>

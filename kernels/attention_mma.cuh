@@ -19,7 +19,6 @@ constexpr int PITCH = D + 8;
 constexpr u32 ROW_BYTES = PITCH * 2;
 constexpr u32 OWN = ROWS * ROW_BYTES, OTHER = KEYS * ROW_BYTES;
 
-#ifndef EMULATED
 DEVICE void ldmatrix(u32 (&r)[4], u32 at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
@@ -38,7 +37,6 @@ DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 DEVICE float power2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-#endif
 
 // Where a lane's ldmatrix row lies in a tile: `ALONG` for own rows (the left side of `scores`) and for other rows that
 // are summed over (`mix`), `ACROSS` for other rows that become columns (the right side of `scores`).

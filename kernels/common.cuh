@@ -161,7 +161,7 @@ DEVICE float block_max(float x, float *shared) {
   return x;
 }
 
-// ---- strided views, passed by value (`View` in ops/cuda/launch.rs) ----
+// ---- strided views, passed by value (`View` in src/cuda/launch.rs) ----
 
 // Dimensions of a view, outermost first; neighbours that behave as one are merged by the host, so rank is small.
 constexpr int MAX_RANK = 8;
@@ -193,5 +193,4 @@ DEVICE i64 offset_of(const View &v, i64 i) {
 DEVICE i64 thread_index() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
 DEVICE i64 thread_count() { return (i64)gridDim.x * blockDim.x; }
 
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
 DEVICE float infinity() { return __int_as_float(0x7f800000); }

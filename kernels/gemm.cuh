@@ -18,7 +18,7 @@ typedef float Out;
 typedef T Out;
 #endif
 
-// `Product` in ops/cuda/gemm_native.rs; strides count elements.
+// The words that src/ops/cuda/gemm_native.rs passes; strides count elements.
 struct Product {
   const T *a, *b;
   const Out *c;         // null: nothing is added

@@ -109,7 +109,7 @@ pub enum Error {
         /// What the compiler or the driver said.
         detail: String,
     },
-    /// No memory left on a device. Nothing was changed; the process can go on.
+    /// No memory left on a device. What failed has changed no tensor, and the process can go on.
     #[error("device {device}: out of memory: {detail}: use a smaller batch, shorter rows, or recompute")]
     OutOfMemory {
         /// The device.

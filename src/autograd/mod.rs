@@ -53,8 +53,8 @@ impl Var {
     pub fn parameter(value: Tensor) -> Self {
         Self { value, id: Some(VarId::fresh()), gradient: None }
     }
-    /// A leaf whose gradient is kept in `dtype`: f32 for 16-bit weights, so that summing over rows, uses and
-    /// micro-batches rounds nothing away.
+    /// A leaf whose gradient is kept in `dtype`: f32 for 16-bit weights, so that summing over uses and micro-batches, and
+    /// in ops that add into it by themselves over rows too, rounds nothing away.
     pub fn parameter_with_gradient(value: Tensor, dtype: DType) -> Self {
         Self { gradient: Some(dtype), ..Self::parameter(value) }
     }

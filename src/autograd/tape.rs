@@ -167,20 +167,8 @@ impl Flow<'_> {
     }
     /// Add `grad` to the gradient of input `i`: moved there if it is the first, summed in place if not.
     pub fn give(&mut self, i: usize, grad: Tensor) -> Result<()> {
-        let Some(Some((id, dtype))) = self.inputs.get(i) else { return Ok(()) };
-        match self.grads.of.get_mut(id) {
-            Some(sum) => (self.sum)(sum, &grad),
-            None if grad.dtype() == *dtype => {
-                self.grads.of.insert(*id, grad);
-                Ok(())
-            }
-            None => {
-                let mut sum = Tensor::zeros(grad.shape(), *dtype, grad.device())?;
-                (self.sum)(&mut sum, &grad)?;
-                self.grads.of.insert(*id, sum);
-                Ok(())
-            }
-        }
+        let Some(&Some((id, dtype))) = self.inputs.get(i) else { return Ok(()) };
+        put(self.grads, id, dtype, grad, self.sum)
     }
     /// The dtype that the gradient of input `i` is kept in. Ops that make it by themselves make it so.
     pub fn gradient_dtype(&self, i: usize) -> Option<DType> {
@@ -201,6 +189,21 @@ impl Flow<'_> {
     pub(super) fn nested(&mut self) -> (&mut Gradients, SumInto) {
         (self.grads, self.sum)
     }
+}
+
+/// Add `grad` to the gradient of `id`, which is kept in `dtype`.
+fn put(grads: &mut Gradients, id: VarId, dtype: DType, grad: Tensor, sum: SumInto) -> Result<()> {
+    let total = match grads.of.get_mut(&id) {
+        Some(total) => return sum(total, &grad),
+        None if grad.dtype() == dtype => grad,
+        None => {
+            let mut total = Tensor::zeros(grad.shape(), dtype, grad.device())?;
+            sum(&mut total, &grad)?;
+            total
+        }
+    };
+    grads.of.insert(id, total);
+    Ok(())
 }
 
 /// Records ops so that they can be differentiated. Make one with [`crate::ops::tape`].
@@ -241,7 +244,10 @@ impl Tape {
         let seed = Tensor::full(seed, output.shape(), output.dtype(), output.value.device())?;
         self.backward_from(&[(output, seed)], grads)
     }
-    /// Like [`Tape::backward`], from given gradients of several outputs.
+    /// Like [`Tape::backward`], from given gradients of several outputs, each of its output's shape, dtype and device.
+    ///
+    /// After an error (no memory left, say) `grads` holds no gradient of an activation, but those of leaves may be partly
+    /// summed or gone: clear them.
     pub fn backward_from(self, outputs: &[(&Var, Tensor)], grads: &mut Gradients) -> Result<()> {
         let mut nodes = self.nodes.into_inner();
         let produced: HashSet<VarId> = nodes.iter().flat_map(|n| n.outputs.iter().copied()).collect();
@@ -253,10 +259,12 @@ impl Tape {
                 let detail = format!("gradient of shape {:?} for an output of shape {:?}", g.shape(), v.shape());
                 return Err(Error::gradient("backward", detail));
             }
-            match grads.of.get_mut(&id) {
-                Some(total) => (self.sum)(total, g)?,
-                None => drop(grads.of.insert(id, g.clone())),
+            if g.dtype() != v.dtype() || g.device() != v.value.device() {
+                let (a, b) = ((g.dtype(), g.device()), (v.dtype(), v.value.device()));
+                let detail = format!("gradient in {} on {} for an output in {} on {}", a.0, a.1, b.0, b.1);
+                return Err(Error::gradient("backward", detail));
             }
+            put(grads, id, v.gradient_dtype(), g.clone(), self.sum)?;
         }
         let walked = walk(&mut nodes, grads, self.sum);
         if walked.is_err() {

@@ -47,8 +47,6 @@ pub struct KernelRow {
     pub flops: [f64; 2],
     /// Share of the measured ceiling (copy rate or matrix-product rate): forward, both.
     pub share_of_ceiling: [f64; 2],
-    /// Bytes of device memory that the op took beyond its inputs and outputs at its peak; CUDA only.
-    pub scratch_bytes: Option<usize>,
 }
 
 /// All of it.
@@ -227,7 +225,6 @@ fn measure(s: &KernelsBench, machine: &Machine, device: Device, row: Row) -> Res
         forward_backward: Some(forward_backward),
         bytes: row.bytes.map(|n| n as f64),
         flops: row.flops.map(|n| n as f64),
-        scratch_bytes: None,
     })
 }
 
@@ -270,6 +267,5 @@ fn adamw(s: &KernelsBench, machine: &Machine, device: Device) -> Result<KernelRo
         bytes: [bytes, bytes],
         flops: [0.0; 2],
         share_of_ceiling: [share, share],
-        scratch_bytes: None,
     })
 }

@@ -132,7 +132,7 @@ fn random_batch(s: &TrainBench, vocab: usize, step: u64) -> Result<Batch> {
     Ok(Batch { input_ids: draw(1)?, labels: draw(2)? })
 }
 
-/// Run a peer's command in a shell and read the lines it prints of the form `C=16  304.0 ms/step`.
+/// Run a peer's command in a shell and read the lines it prints of the form `C=16  304.0 ms/step` or `CAT-16 ..`.
 pub fn run_peer(command: &str) -> Result<Vec<PeerRow>> {
     let rows: Vec<PeerRow> = peer_output(command)?.lines().filter_map(peer_row).collect();
     if rows.is_empty() {
@@ -142,7 +142,7 @@ pub fn run_peer(command: &str) -> Result<Vec<PeerRow>> {
 }
 
 fn peer_row(line: &str) -> Option<PeerRow> {
-    let (_, line) = line.split_once("C=")?;
+    let (_, line) = line.split_once("C=").or_else(|| line.split_once("CAT-"))?;
     let (chunk, rest) = line.trim_start().split_once(char::is_whitespace)?;
     let ms = rest.split_once("ms/step")?.0.trim();
     Some(PeerRow { chunk_size: chunk.parse().ok()?, ms: ms.parse().ok()? })
@@ -156,6 +156,8 @@ mod tests {
     fn reads_what_peers_print() {
         let r = peer_row("C= 8     343.0 ms/step     5.97 Ktok/s").unwrap();
         assert_eq!((r.chunk_size, r.ms), (8, 343.0));
+        let r = peer_row("compiled CAT-16             550.1 ms/step     59.6 Ktok/s  peak   51.6 GiB").unwrap();
+        assert_eq!((r.chunk_size, r.ms), (16, 550.1));
         assert!(peer_row("parameters 4396416 torch 2.11").is_none());
     }
 }

@@ -109,6 +109,10 @@ impl Doctor {
         }
         let mut devices = Vec::new();
         match device_count() {
+            Ok(0) if self.warm_up => {
+                let detail = "no CUDA device is visible: there is nothing to warm up".into();
+                return Err(Error::Device { device: "cuda".into(), detail });
+            }
             Ok(0) => advice.push("no CUDA device is visible: look at CUDA_VISIBLE_DEVICES and nvidia-smi".into()),
             Ok(n) => {
                 for i in 0..n {

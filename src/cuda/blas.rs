@@ -11,8 +11,8 @@ use crate::{Error, Result};
 use cudarc::cublaslt::{result as lt, sys};
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
-use std::sync::{Mutex, OnceLock};
 
 /// Who computes matrix products on CUDA devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -156,26 +156,21 @@ impl Drop for Descriptions {
 
 impl Gpu {
     fn blas(&'static self) -> Result<&'static Blas> {
-        static ALL: Mutex<Vec<(usize, &'static OnceLock<Blas>)>> = Mutex::new(Vec::new());
-        let cell = {
-            let mut all = ALL.lock().unwrap_or_else(|e| e.into_inner());
-            match all.iter().find(|(n, _)| *n == self.ordinal) {
-                Some((_, cell)) => *cell,
-                None => {
-                    let cell: &'static OnceLock<Blas> = Box::leak(Box::default());
-                    all.push((self.ordinal, cell));
-                    cell
-                }
-            }
-        };
-        if let Some(blas) = cell.get() {
+        static ALL: Mutex<Vec<(usize, &'static Blas)>> = Mutex::new(Vec::new());
+        // held while one is made, so that no device gets two
+        let mut all = ALL.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, blas)) = all.iter().find(|(n, _)| *n == self.ordinal) {
             return Ok(blas);
         }
         Library::CublasLt.load()?;
         self.bind()?;
-        let handle = Handle(lt::create_handle().map_err(|e| self.refused("cannot start", e))?);
+        let handle =
+            Handle(lt::create_handle().map_err(|e| self.refused("cannot start (--gemm native does without it)", e))?);
         let workspace = counted_as(Category::Other, || CudaBuffer::new(self, WORKSPACE))?;
-        Ok(cell.get_or_init(|| Blas { handle, workspace, algorithms: Mutex::default(), submitting: Mutex::default() }))
+        let blas = Blas { handle, workspace, algorithms: Mutex::default(), submitting: Mutex::default() };
+        let blas: &'static Blas = Box::leak(Box::new(blas));
+        all.push((self.ordinal, blas));
+        Ok(blas)
     }
     fn refused(&self, what: &str, e: lt::CublasError) -> Error {
         Error::Device { device: format!("cuda:{}", self.ordinal), detail: format!("cuBLASLt {what}: {e}") }

@@ -37,6 +37,9 @@ impl std::fmt::Debug for Gpu {
     }
 }
 
+/// The functions of the driver that are called here are all there since CUDA 12.8; `cudarc` panics where one is missing.
+const OLDEST_DRIVER: u32 = 12_080;
+
 /// The driver's answer, as an error that names the device and what was attempted.
 pub(super) fn check<T>(ordinal: usize, what: &str, answer: std::result::Result<T, DriverError>) -> Result<T> {
     answer.map_err(|e| Error::Device { device: format!("cuda:{ordinal}"), detail: format!("cannot {what}: {e}") })
@@ -89,7 +92,7 @@ impl Gpu {
             return Err(Error::Device { device: format!("cuda:{ordinal}"), detail });
         }
         let stream = check(ordinal, "make a stream", context.new_stream())?;
-        Ok(Self {
+        let gpu = Self {
             ordinal,
             name: check(ordinal, "ask the device", context.name())?,
             capability,
@@ -101,7 +104,14 @@ impl Gpu {
             modules: Modules::default(),
             context,
             stream,
-        })
+        };
+        match gpu.driver_version()? {
+            v if v < OLDEST_DRIVER => {
+                let detail = format!("the driver is of CUDA {}.{}: Felid needs 12.8 or later", v / 1000, v % 1000 / 10);
+                Err(Error::Device { device: format!("cuda:{ordinal}"), detail })
+            }
+            _ => Ok(gpu),
+        }
     }
 
     /// What kernels are compiled for: `sm_90a` on Hopper, whose own instructions need the `a`, else `sm_XY`.
@@ -135,7 +145,7 @@ impl Gpu {
     pub(super) fn upload(&self, from: &[u8], to: u64) -> Result<()> {
         self.bind()?;
         // SAFETY: `to` is a buffer of at least from.len() bytes of this device (callers' buffers know their size). The
-        // driver has read pageable memory before this returns.
+        // driver stages pageable memory: it has read `from` before this returns.
         let answer = unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) };
         check(self.ordinal, "copy to the device", answer)
     }

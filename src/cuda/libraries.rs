@@ -103,7 +103,8 @@ impl Library {
     }
 }
 
-/// Load a library for good and for all: with its symbols global, `cudarc` finds it again by its own name (SONAME).
+/// Load a library for good and for all. `cudarc` opens it again by name: the loader answers with what is loaded already under
+/// that name (its SONAME), save where an unversioned name, which `cudarc` tries first, leads to another file.
 fn open(path: &Path) -> bool {
     #[cfg(unix)]
     {

@@ -268,7 +268,10 @@ impl Gpu {
         compile_all(&self.arch())?;
         for source in ALL.iter().copied() {
             for variant in source.variants() {
-                symbols += self.load(source, variant)?.len();
+                for &name in source.symbols {
+                    self.function(Symbol { source, name }, variant)?;
+                    symbols += 1;
+                }
                 modules += 1;
             }
         }

@@ -2,7 +2,7 @@
 //!
 //! `p -= lr wd p; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; p -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)`.
 
-use super::elementwise::same_dtype;
+use super::elementwise::{same_device, same_dtype};
 use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
 
@@ -50,6 +50,7 @@ pub fn adamw(params: &mut [AdamWParam], step: u64, h: &AdamWSettings, clip: f64)
             let detail = format!("a gradient {} {:?} of {} {:?}", g.dtype(), g.shape(), p.dtype(), p.shape());
             return Err(Error::shape("adamw", detail));
         }
+        same_device("adamw", &[p.param, wide, params[0].param])?;
         if let Some(master) = p.master.as_deref().filter(|m| m.dtype() != DType::F32) {
             return Err(Error::dtype("adamw", format!("masters must be f32, got {}", master.dtype())));
         }
@@ -80,6 +81,10 @@ pub fn adamw_step(
 
 fn check(param: &Tensor, grad: &Tensor, m: &Tensor, v: &Tensor, step: u64) -> Result<()> {
     same_dtype("adamw", &[m, v])?;
+    same_device("adamw", &[param, grad, m, v])?;
+    if !param.dtype().is_float() {
+        return Err(Error::dtype("adamw", format!("needs float parameters, got {}", param.dtype())));
+    }
     if m.dtype() != DType::F32 || v.dtype() != DType::F32 {
         return Err(Error::dtype("adamw", format!("moments must be f32, got {} and {}", m.dtype(), v.dtype())));
     }

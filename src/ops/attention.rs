@@ -76,6 +76,7 @@ pub fn attention(q: &Var, k: &Var, v: &Var, mask: Mask, scale: f64) -> Result<Va
     let saved = y.clone();
     Ok(record_one("attention", &[q, k, v], y, move |flow| {
         let dy = flow.output()?.dense_rows()?;
+        same_dtype("attention", &[&qv, &dy])?;
         let grads = on_device!(dy.device(), attention::backward(&qv, &kv, &vv, &saved, &lse, &dy, mask, scale))?;
         for (i, grad) in grads.into_iter().enumerate() {
             flow.give(i, grad)?;

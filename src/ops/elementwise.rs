@@ -62,6 +62,15 @@ pub(crate) fn broadcast_shape(op: &'static str, a: &[usize], b: &[usize]) -> Res
         .collect()
 }
 
+/// Errors where a gradient's shape, dtype or device is not what an op takes it to be: `Gradients` can be written from outside.
+pub(crate) fn check_sum(op: &'static str, sum: &Tensor, shape: &[usize], dtype: DType, like: &Tensor) -> Result<()> {
+    if sum.shape() != shape || sum.dtype() != dtype {
+        let (got, dt) = (sum.shape(), sum.dtype());
+        return Err(Error::gradient(op, format!("a gradient {dt} {got:?} where {dtype} {shape:?} is kept")));
+    }
+    same_device(op, &[sum, like])
+}
+
 /// Errors where dtypes or devices differ.
 pub(crate) fn same_dtype(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
     same_device(op, tensors)?;
@@ -71,7 +80,8 @@ pub(crate) fn same_dtype(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
     }
 }
 
-fn same_device(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
+/// Errors where devices differ.
+pub(crate) fn same_device(op: &'static str, tensors: &[&Tensor]) -> Result<()> {
     match tensors.windows(2).find(|w| w[0].device() != w[1].device()) {
         Some(w) => {
             let (device, other) = (w[0].device().to_string(), w[1].device());
@@ -95,6 +105,7 @@ pub(crate) fn unary_tensor(f: Unary, x: &Tensor) -> Result<Tensor> {
 
 /// `dy * f'(x)` in one pass.
 fn unary_backward(f: Unary, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    same_dtype(f.name(), &[x, dy])?;
     on_device!(x.device(), elementwise::unary_backward(f, x, y, dy))
 }
 

@@ -43,6 +43,9 @@ fn gather(op: &'static str, x: &Var, dim: usize, index: Vec<usize>, shape: &[usi
         let dy = flow.output()?.reshape(&gathered)?;
         let dtype = flow.gradient_dtype(0).unwrap_or(dy.dtype());
         let sum = flow.take_sum(0);
+        if let Some(sum) = &sum {
+            super::elementwise::check_sum(op, sum, &old, dtype, &dy)?;
+        }
         let dx = on_device!(dy.device(), gather::scatter_add(&dy, dim, &index, &old, sum, dtype))?;
         flow.put(0, dx);
         Ok(())

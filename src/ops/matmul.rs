@@ -91,5 +91,8 @@ pub(crate) fn gemm(a: &Tensor, b: &Tensor, start: Option<Tensor>, dtype: DType) 
     if let Some(s) = start.as_ref().filter(|s| s.dtype() != dtype) {
         return Err(Error::dtype("gemm", format!("cannot add a product in {dtype} to {}", s.dtype())));
     }
+    if let Some(s) = &start {
+        super::elementwise::same_device("gemm", &[s, a])?;
+    }
     on_device!(a.device(), matmul::gemm(a, b, start, dtype))
 }

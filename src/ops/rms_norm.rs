@@ -45,6 +45,9 @@ fn forward(op: &'static str, x: &Var, residual: Option<&Var>, weight: &Var, eps:
         let Some(dy) = flow.output_at(0) else { return Ok(dh) };
         let dtype = flow.gradient_dtype(weight_at).unwrap_or(wv.dtype());
         let sum = flow.take_sum(weight_at);
+        if let Some(sum) = &sum {
+            super::elementwise::check_sum(op, sum, wv.shape(), dtype, &dy)?;
+        }
         let (dx, dw) = on_device!(h.device(), rms_norm::backward(&h, &wv, &rstd, &dy, dh, sum, dtype))?;
         flow.put(weight_at, dw);
         Ok(Some(dx))

@@ -25,6 +25,7 @@ fn normalize(op: &'static str, x: &Var, log: bool) -> Result<Var> {
     let xv = xv.clone();
     Ok(record_one(op, &[x], y, move |flow| {
         let dy = flow.output()?;
+        super::elementwise::same_dtype(op, &[&xv, &dy])?;
         let dx = on_device!(dy.device(), softmax::backward(op, &xv, &lse, &dy, log))?;
         flow.give(0, dx)
     }))

@@ -141,6 +141,7 @@ impl Tensor {
     /// As [`Tensor::unspecified`], on any device.
     #[cfg(feature = "cuda")]
     pub(crate) fn empty(shape: &[usize], dtype: DType, device: Device) -> Result<Self> {
+        checked_numel("empty", shape)?;
         match device {
             Device::Cpu => Ok(Self::unspecified(shape, dtype)),
             Device::Cuda(ordinal) => cuda::empty(shape, dtype, ordinal),
@@ -342,6 +343,7 @@ impl Tensor {
     }
     /// Broadcast to `shape`: leading dimensions are added, dimensions of size 1 repeated.
     pub fn expand(&self, shape: &[usize]) -> Result<Self> {
+        checked_numel("expand", shape)?;
         match self.layout.expand(shape) {
             Some(l) => Ok(self.view(l)),
             None => Err(Error::shape("expand", format!("{:?} does not broadcast to {shape:?}", self.shape()))),

@@ -9,6 +9,7 @@ use super::config::MAX_MICRO_STEPS;
 use super::{Optimizer, TrainConfig, Trainer};
 use crate::data::Tokenizer;
 use crate::data::tokenizer::TOKENIZER_FILE;
+use crate::memory::{Category, counted_as};
 use crate::model::formats::{read_safetensors, write_atomically, write_safetensors};
 use crate::model::{FolderFormat, save};
 use crate::tensor::{Device, Tensor};
@@ -18,6 +19,12 @@ use std::path::Path;
 
 const STATE: &str = "training_state.safetensors";
 const CONFIG: &str = "train.toml";
+
+/// A saved tensor on the run's device, counted as what it is.
+fn moved(kind: &str, t: &Tensor, device: Device) -> Result<Tensor> {
+    let category = if kind == "param" { Category::Weights } else { Category::Optimizer };
+    counted_as(category, || t.to_device(device))
+}
 
 /// Remove a file that may be absent.
 fn remove(path: &Path) -> Result<()> {
@@ -57,8 +64,8 @@ impl Trainer {
         write_atomically(&path, |w| w.write_all(toml.as_bytes()).map_err(Error::io("write", &path)))
     }
 
-    /// Go on from the state in `dir`, on the CPU. The configuration is the saved one; `adjust` may change it (more steps, another
-    /// folder), and what it changes must leave the weights' shapes as they are.
+    /// Go on from the state in `dir`, on the CPU. The configuration is the saved one; `adjust` may change it (more steps,
+    /// another folder), and what it changes must leave the weights' shapes as they are.
     pub fn resume(dir: &Path, adjust: impl FnOnce(TrainConfig) -> Result<TrainConfig>) -> Result<Self> {
         Self::resume_on(dir, Device::Cpu, adjust)
     }
@@ -78,7 +85,7 @@ impl Trainer {
         let mut trainer = Self::on(config, device)?;
         let mut problems = Vec::new();
         let mut take = |kind: &str, name: &str, into: &mut Tensor| match file.tensors.remove(&format!("{kind}.{name}")) {
-            Some(t) if t.shape() == into.shape() && t.dtype() == into.dtype() => match t.to_device(into.device()) {
+            Some(t) if t.shape() == into.shape() && t.dtype() == into.dtype() => match moved(kind, &t, into.device()) {
                 Ok(t) => *into = t,
                 Err(e) => problems.push(format!("{kind}.{name}: {e}")),
             },

@@ -14,6 +14,7 @@ pub fn cuda() -> Option<Device> {
         match Device::Cuda(0).check() {
             Ok(()) => Some(Device::Cuda(0)),
             Err(e) => {
+                assert!(cpu(), "FELID_TEST_DEVICE=cuda, but {e}");
                 eprintln!("tests on CUDA are skipped: {e}");
                 None
             }

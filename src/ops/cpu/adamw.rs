@@ -55,7 +55,13 @@ pub(crate) fn update(params: &mut [AdamWParam], count: u64, h: &AdamWSettings, c
         for p in params {
             let h = AdamWSettings { weight_decay: p.weight_decay, ..*h };
             match &mut p.master {
-                None => step(p.param, &cast(p.grad, p.param.dtype())?, p.m, p.v, count, &h, scale)?,
+                None if p.grad.dtype() == p.param.dtype() => step(p.param, p.grad, p.m, p.v, count, &h, scale)?,
+                None => {
+                    // the gradient is wider than the parameter: nothing of it is rounded away
+                    let mut wide = cast(p.param, DType::F32)?;
+                    step(&mut wide, p.grad, p.m, p.v, count, &h, scale)?;
+                    *p.param = cast(&wide, p.param.dtype())?;
+                }
                 Some(master) => {
                     step(master, &cast(p.grad, DType::F32)?, p.m, p.v, count, &h, scale)?;
                     *p.param = cast(master, p.param.dtype())?;

@@ -22,6 +22,7 @@ pub(super) fn in_packs(op: &'static str, t: &Tensor) -> Result<bool> {
 /// kernels take for granted.
 pub(super) fn variant(op: &'static str, tensors: &[&Tensor]) -> Result<Variant> {
     let mut packed = true;
+    let element = super::rows::float_variant(op, tensors[0])?;
     for t in tensors {
         if t.dtype() != tensors[0].dtype() {
             return Err(Error::dtype(op, format!("{} beside {}: cast one of them", t.dtype(), tensors[0].dtype())));
@@ -29,5 +30,5 @@ pub(super) fn variant(op: &'static str, tensors: &[&Tensor]) -> Result<Variant> 
         packed &= in_packs(op, t)?;
     }
     let define = Some(if packed { "PACKED=1" } else { "PACKED=0" });
-    Ok(Variant { define, ..tensors[0].variant()? })
+    Ok(Variant { define, ..element })
 }

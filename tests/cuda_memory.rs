@@ -1,0 +1,68 @@
+//! Device memory: counted, flat over many steps, and what happens when it runs out. Counts are of the whole process, so
+//! these tests have one of their own and take turns.
+#![cfg(feature = "cuda")]
+
+#[path = "common/devices.rs"]
+mod devices;
+
+use felid::Error;
+use felid::cuda::gpu;
+use felid::ops;
+use felid::tensor::{DType, Device, Tensor};
+use felid::train::{TrainConfig, Trainer};
+use std::path::Path;
+use std::sync::Mutex;
+
+static TURN: Mutex<()> = Mutex::new(());
+
+fn small(dir: &Path, more: &str) -> TrainConfig {
+    let text = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. ".repeat(300);
+    let data = dir.join("text.txt");
+    std::fs::write(&data, text).unwrap();
+    let toml = format!(
+        "preset = 'nano'\ndata = {:?}\nout = {:?}\nbatch_size = 4\nseq_len = 64\nsteps = 40\nwarmup = 4\n{more}",
+        data.display().to_string(),
+        dir.join("run").display().to_string(),
+    );
+    let table = TrainConfig::parse_table(&toml, Path::new("test")).unwrap();
+    TrainConfig::from_table(table, Path::new("test"), "nano").unwrap()
+}
+
+#[test]
+fn memory_is_counted_and_stays_flat() {
+    let _turn = TURN.lock();
+    let Some(cuda) = devices::cuda() else { return };
+    let Device::Cuda(n) = cuda else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let config = TrainConfig { steps: 1100, ..small(dir.path(), "dtype = 'bf16'") };
+    let mut t = Trainer::on(config, cuda).unwrap();
+    let held = |t: &mut Trainer, steps: usize| {
+        (0..steps).for_each(|_| drop(t.step().unwrap()));
+        gpu(n).unwrap().synchronize().unwrap();
+        gpu(n).unwrap().memory_stats()
+    };
+    let early = held(&mut t, 9);
+    let late = held(&mut t, 999);
+    let of = |s: &felid::cuda::CudaMemory, name: &str| s.by_category.iter().find(|(c, _)| *c == name).map_or(0, |(_, b)| *b);
+    for kind in ["weights", "optimizer"] {
+        assert!(of(&early, kind) > 0);
+    }
+    // flat: what is held after a step, and the most that one took, stay what they were once every chunk size has been seen
+    assert_eq!((&early.by_category, early.peak), (&late.by_category, late.peak));
+    assert!(late.reserved <= early.reserved + (64 << 20), "{early:?} {late:?}");
+}
+
+#[test]
+fn running_out_is_an_error_and_leaves_the_process_usable() {
+    let _turn = TURN.lock();
+    let Some(cuda) = devices::cuda() else { return };
+    let Device::Cuda(n) = cuda else { return };
+    let total = gpu(n).unwrap().total_memory;
+    let held = Tensor::zeros(&[1 << 20], DType::F32, cuda).unwrap();
+    let e = Tensor::zeros(&[total / 4, 2], DType::F32, cuda).unwrap_err();
+    assert!(matches!(e, Error::OutOfMemory { .. }), "{e}");
+    let text = e.to_string();
+    assert!(text.contains("GiB") && text.contains("holds") && !text.contains('\n'), "{text}");
+    assert_eq!(ops::sum_all(&held.into()).unwrap().value().item().unwrap(), 0.0);
+    assert!(Tensor::zeros(&[4], DType::F64, cuda).is_err());
+}
