@@ -92,6 +92,13 @@ impl Library {
         let placed = folders.iter().flat_map(|dir| names.iter().map(move |n| dir.join(n))).filter(|p| p.exists());
         let mut tried = Vec::new();
         for path in bare.chain(placed) {
+            if self == Self::Nvrtc {
+                // NVRTC opens this by its bare name, which the loader finds beside it only if it is loaded already
+                let beside = path.parent().filter(|p| p.is_absolute());
+                let builtins =
+                    beside.map(|dir| children(dir, |n| n.starts_with("libnvrtc-builtins.so"))).unwrap_or_default();
+                builtins.iter().for_each(|b| drop(open(b)));
+            }
             let loaded = open(&path);
             tried.push(path.clone());
             if loaded {

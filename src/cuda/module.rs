@@ -292,24 +292,30 @@ pub struct CompileReport {
     pub nvrtc: String,
 }
 
-/// Compile every kernel for an architecture such as `sm_80`, whatever device is there or none. Errors list every kernel
-/// that does not compile.
+/// Compile every kernel for an architecture such as `sm_80`, whatever device is there or none. Errors tell the first
+/// kernels that do not compile, and how many there are.
 pub fn compile_for(arch: &str) -> Result<CompileReport> {
     let (modules, bytes) = compile_all(arch)?;
     Ok(CompileReport { arch: arch.into(), modules, bytes, nvrtc: nvrtc_version() })
 }
+
+/// As many failures are told; what is wrong with all of them alike need not be said of each.
+const MOST_FAILURES: usize = 4;
 
 fn compile_all(arch: &str) -> Result<(usize, usize)> {
     use rayon::prelude::*;
     Library::Nvrtc.load()?;
     let all: Vec<(&Source, Variant)> = ALL.iter().flat_map(|s| s.variants().map(move |v| (*s, v))).collect();
     let sizes: Vec<Result<usize>> = all.par_iter().map(|(s, v)| Ok(s.cubin(*v, arch)?.len())).collect();
-    let failures: Vec<String> = sizes.iter().filter_map(|r| r.as_ref().err().map(Error::to_string)).collect();
-    match failures.is_empty() {
-        true => Ok((all.len(), sizes.into_iter().flatten().sum())),
-        false => {
-            Err(Error::Kernel { kernel: format!("{} modules for {arch}", failures.len()), detail: failures.join("; ") })
-        }
+    let mut failures: Vec<String> = sizes.iter().filter_map(|r| r.as_ref().err().map(Error::to_string)).collect();
+    let count = failures.len();
+    if count > MOST_FAILURES {
+        failures.truncate(MOST_FAILURES);
+        failures.push(format!("and {} more", count - MOST_FAILURES));
+    }
+    match count {
+        0 => Ok((all.len(), sizes.into_iter().flatten().sum())),
+        _ => Err(Error::Kernel { kernel: format!("{count} modules for {arch}"), detail: failures.join("; ") }),
     }
 }
 
