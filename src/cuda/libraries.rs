@@ -97,7 +97,9 @@ impl Library {
                 let beside = path.parent().filter(|p| p.is_absolute());
                 let builtins =
                     beside.map(|dir| children(dir, |n| n.starts_with("libnvrtc-builtins.so"))).unwrap_or_default();
-                builtins.iter().for_each(|b| drop(open(b)));
+                for file in &builtins {
+                    let _ = open(file);
+                }
             }
             let loaded = open(&path);
             tried.push(path.clone());

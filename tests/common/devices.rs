@@ -27,6 +27,12 @@ pub fn cpu() -> bool {
     !std::env::var("FELID_TEST_DEVICE").is_ok_and(|d| d == "cuda")
 }
 
+/// True where FELID_TEST_LIGHT=1 asks for few comparisons of each op on CUDA: for compute-sanitizer, under which a launch
+/// takes a hundred times as long. Every kernel is still run, forward and backward, off and on its tiles.
+pub fn light() -> bool {
+    std::env::var("FELID_TEST_LIGHT").is_ok_and(|v| v == "1")
+}
+
 /// Note that `cases` comparisons of an op in a dtype ran on CUDA, the worst using `share` of its error bound. Written to
 /// `FELID_REPORT/<test program>.json`, if that is set.
 pub fn report(op: &str, dtype: DType, cases: usize, share: f64) {

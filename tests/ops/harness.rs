@@ -113,7 +113,7 @@ pub fn check(row: Row) {
         panic!("{}: {e}", row.name);
     }
     // what is drawn beside the sizes (dimensions, labels, what is broadcast) differs from one to the next
-    for seed in 0..3 {
+    for seed in 0..if devices::light() { 1 } else { 3 } {
         if let Err(e) = check_draw(&row, row.large, seed, 4) {
             panic!("{}, large: {e}", row.name);
         }
@@ -290,6 +290,12 @@ fn check_on(device: Device, case: &Case, truth: &Truth, inputs: &[Tensor]) -> st
     let ran = |times| run(&case.op, &inputs, times, Tensor::clone).map_err(|e| at("run")(e.to_string()));
     let plain = ran(1)?;
     let mut worst = truth.compare(&plain, 1.0).map_err(at("formula"))?;
+    if devices::light() {
+        let (name, lay) = LAYOUTS[2];
+        let views: Vec<Tensor> = inputs.iter().map(lay).collect();
+        let viewed = run(&case.op, &views, 1, lay_same(lay, name)).map_err(|e| at(name)(e.to_string()))?;
+        return Ok((2, worst.max(truth.compare(&viewed, 1.0).map_err(at(name))?)));
+    }
     if ran(1)?.bits() != plain.bits() {
         return Err(at("again")("differs from one run to the next".into()));
     }
