@@ -4,29 +4,18 @@
 
 #[path = "common/devices.rs"]
 mod devices;
+#[path = "common/small_run.rs"]
+mod small_run;
 
 use felid::Error;
 use felid::cuda::gpu;
 use felid::ops;
 use felid::tensor::{DType, Device, Tensor};
 use felid::train::{TrainConfig, Trainer};
-use std::path::Path;
+use small_run::small;
 use std::sync::Mutex;
 
 static TURN: Mutex<()> = Mutex::new(());
-
-fn small(dir: &Path, more: &str) -> TrainConfig {
-    let text = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. ".repeat(300);
-    let data = dir.join("text.txt");
-    std::fs::write(&data, text).unwrap();
-    let toml = format!(
-        "preset = 'nano'\ndata = {:?}\nout = {:?}\nbatch_size = 4\nseq_len = 64\nsteps = 40\nwarmup = 4\n{more}",
-        data.display().to_string(),
-        dir.join("run").display().to_string(),
-    );
-    let table = TrainConfig::parse_table(&toml, Path::new("test")).unwrap();
-    TrainConfig::from_table(table, Path::new("test"), "nano").unwrap()
-}
 
 #[test]
 fn memory_is_counted_and_stays_flat() {

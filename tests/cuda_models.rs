@@ -6,6 +6,8 @@ mod agree;
 mod common;
 #[path = "common/devices.rs"]
 mod devices;
+#[path = "common/small_run.rs"]
+mod small_run;
 
 use agree::{FLOATS, wave};
 use common::{KINDS, model};
@@ -14,6 +16,7 @@ use felid::generate::{GenerateOptions, generate};
 use felid::model::Cat;
 use felid::tensor::{DType, Device, Tensor};
 use felid::train::{TrainConfig, Trainer};
+use small_run::small;
 use std::path::Path;
 
 /// The same model with every weight off by up to a rounding of f32: how far its results move says how far any sequence of
@@ -81,19 +84,6 @@ fn golden_files_pass() {
             }
         }
     }
-}
-
-fn small(dir: &Path, more: &str) -> TrainConfig {
-    let text = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. ".repeat(300);
-    let data = dir.join("text.txt");
-    std::fs::write(&data, text).unwrap();
-    let toml = format!(
-        "preset = 'nano'\ndata = {:?}\nout = {:?}\nbatch_size = 4\nseq_len = 64\nsteps = 40\nwarmup = 4\n{more}",
-        data.display().to_string(),
-        dir.join("run").display().to_string(),
-    );
-    let table = TrainConfig::parse_table(&toml, Path::new("test")).unwrap();
-    TrainConfig::from_table(table, Path::new("test"), "nano").unwrap()
 }
 
 #[test]
