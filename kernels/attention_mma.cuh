@@ -9,8 +9,12 @@
 
 // Blocks that share a multiprocessor, at least. With head width 64, 8 warps of 16 rows in 128 registers beat 4 warps of 32
 // rows in 255 on an H100: a CAT forward pass at C 16 takes 0.27 ms, not 0.42.
+#ifdef WARPGROUPS // attention_sm90.cuh: warps that compute, one warp more that copies
+constexpr int WARPS = 4 * WARPGROUPS, THREADS = 32 * WARPS + 32;
+#else
 constexpr int WARPS = D <= 64 ? 8 : 4, BLOCKS = D <= 128 ? 2 : 1;
 constexpr int THREADS = 32 * WARPS;
+#endif
 constexpr int MT = 1;                      // 16-row pieces of a warp
 constexpr int ROWS = 16 * MT * WARPS;      // rows of an own tile
 constexpr int KEYS = D <= 128 ? 64 : 32;   // rows of a streamed tile

@@ -13,78 +13,13 @@
 //   gemm_tma_256   tile 128 x 256
 //   gemm_tma_128   tile 128 x 128: products that leave fewer tiles
 #include "gemm.cuh"
+#include "sm90.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 constexpr int BM = 128, BK = 64;
-constexpr int BOX = 64 * 64 * 2;   // bytes of what one copy brings: 64 lines of 64 elements
-
-struct alignas(64) TensorMap { u64 opaque[16]; };
-
-// ---- instructions ----
-
-DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-template <int N> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N> DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
-
-DEVICE void barrier_init(u32 barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-DEVICE void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// Arrives, and makes the phase wait for that many bytes too.
-DEVICE void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-DEVICE void barrier_arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
-// Until the phase of that parity is over.
-DEVICE void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile("{\n.reg .pred over;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
-               "@over bra done;\nbra again;\ndone:\n}" ::"r"(barrier), "r"(parity) : "memory");
-}
-DEVICE void copy_box(u32 to, const TensorMap *map, u32 barrier, int x, int line, int batch) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
-               ::"r"(to), "l"(map), "r"(barrier), "r"(x), "r"(line), "r"(batch) : "memory");
-}
-
-DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-
-// acc[64, N] += a[64, 16] b[16, N]; registers as mma's: acc[j] holds columns 8 j + 2 (lane % 4) + {0, 1} of rows lane / 4 and 8 below.
-template <typename E> DEVICE void wgmma(float (&acc)[16][4], u64 a, u64 b);
-template <typename E> DEVICE void wgmma(float (&acc)[32][4], u64 a, u64 b);
-#define ACC(j) "+f"(acc[j][0]), "+f"(acc[j][1]), "+f"(acc[j][2]), "+f"(acc[j][3])
-#define ACC4(j) ACC(j), ACC(j + 1), ACC(j + 2), ACC(j + 3)
-#define ACC16(j) ACC4(j), ACC4(j + 4), ACC4(j + 8), ACC4(j + 12)
-#define WGMMA_128(E, NAME)                                                                                     \
-  template <> DEVICE void wgmma<E>(float (&acc)[16][4], u64 a, u64 b) {                                        \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." NAME "." NAME " {"                             \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"                                                                     \
-  "}, %64, %65, 1, 1, 1, %66, %67;" : ACC16(0) : "l"(a), "l"(b), "n"(!A_K), "n"(!B_K));               \
-  }
-#define WGMMA_256(E, NAME)                                                                                     \
-  template <> DEVICE void wgmma<E>(float (&acc)[32][4], u64 a, u64 b) {                                        \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." NAME "." NAME " {"                             \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"                                                                     \
-  "}, %128, %129, 1, 1, 1, %130, %131;" : ACC16(0), ACC16(16) : "l"(a), "l"(b), "n"(!A_K), "n"(!B_K)); \
-  }
-WGMMA_128(bf16, "bf16")
-WGMMA_128(f16, "f16")
-WGMMA_256(bf16, "bf16")
-WGMMA_256(f16, "f16")
-
-// How wgmma finds a tile in shared memory that box copies made: boxes one after another along m (or n), in each 64 lines of
-// 128 bytes, 16-byte chunks permuted by xor with the line modulo 8. Strides in units of 16 bytes: from one group of eight
-// lines to the next, and (where k runs over lines) from one box to the next.
-DEVICE u64 describe(u32 address) {
-  return (u64)(address >> 4 & 0x3fff) | (u64)(BOX >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
 // Bytes from one 16 of k to the next: along a line, or 16 lines on.
-constexpr u32 STEP_A = A_K ? 32 : 16 * 128, STEP_B = B_K ? 32 : 16 * 128;
+constexpr u32 STEP_A = A_K ? STEP_ALONG : STEP_ACROSS, STEP_B = B_K ? STEP_ALONG : STEP_ACROSS;
 
 // ---- epilogue ----
 
@@ -173,7 +108,7 @@ template <int BN, int STAGES> DEVICE void multiply(const TensorMap &map_a, const
         const u32 a = stages + slot * STAGE + group * BOX, b = stages + slot * STAGE + BM * BK * 2;
         wgmma_fence();
 #pragma unroll
-        for (int s = 0; s < BK / 16; s++) wgmma<T>(acc, describe(a + s * STEP_A), describe(b + s * STEP_B));
+        for (int s = 0; s < BK / 16; s++) wgmma<!A_K, !B_K>(acc, describe(a + s * STEP_A), describe(b + s * STEP_B), 1);
         wgmma_commit();
         if (i > 0) {   // the round before is done: its place is free
           wgmma_wait<1>();
@@ -191,7 +126,6 @@ template <int BN, int STAGES> DEVICE void multiply(const TensorMap &map_a, const
 
 #define ENTER(...) multiply<__VA_ARGS__>(map_a, map_b, p)
 #else   // no Hopper: entry points that do nothing, so that a module is a module everywhere
-struct TensorMap { u64 opaque[16]; };
 #define ENTER(...)
 #endif
 

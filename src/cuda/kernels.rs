@@ -7,9 +7,11 @@ use super::module::{Source, Symbol};
 pub(super) const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("../../kernels/attention.cuh")),
     ("attention_mma.cuh", include_str!("../../kernels/attention_mma.cuh")),
+    ("attention_sm90.cuh", include_str!("../../kernels/attention_sm90.cuh")),
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
     ("rows.cuh", include_str!("../../kernels/rows.cuh")),
+    ("sm90.cuh", include_str!("../../kernels/sm90.cuh")),
 ];
 
 /// `file: [element types] [other defines, one a variant] => entry points`. For each file a module of that name, with a
