@@ -6,32 +6,41 @@ use super::launch::Arg;
 use crate::Result;
 use cudarc::driver::sys;
 
-/// A batch of matrices of 16-bit elements as boxes of 64 lines by 64 elements, 16-byte chunks permuted by xor with the line
-/// modulo 8 (`gemm_sm90.cu`); zeros outside. `along` elements of each line of memory, `lines` lines `leading` elements apart,
-/// `batch` matrices `batch_stride` elements apart. `None` where the engine cannot address it: it wants multiples of 16 bytes.
-pub(crate) fn boxes(
+/// Most dimensions that a map has here.
+const RANK: usize = 4;
+
+/// A tensor of 16-bit elements as boxes of 64 lines by 64 elements, 16-byte chunks permuted by xor with the line modulo 8
+/// (`sm90.cuh`); zeros outside. `sizes`: the elements of a line, the lines, then what else there is, outermost last; `strides`:
+/// elements from one line to the next, and so on. A stride over one line means nothing. `None` where the engine cannot address
+/// it: it wants multiples of 16 bytes, and no stride of 0.
+pub(crate) fn boxes<const N: usize>(
     gpu: &Gpu,
     pointer: u64,
     kind: Kind,
-    [along, lines, batch]: [usize; 3],
-    [leading, batch_stride]: [usize; 2],
+    sizes: [usize; N],
+    strides: [usize; N],
 ) -> Result<Option<Arg>> {
+    const { assert!(N >= 2 && N <= RANK) };
     let data = match kind {
         Kind::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         Kind::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         Kind::F32 => return Ok(None),
     };
-    let bytes = [leading, batch_stride].map(|n| (n * kind.size()) as u64);
+    let (mut bytes, mut lengths) = ([0u64; RANK], [0u64; RANK]);
+    for i in 0..N {
+        lengths[i] = sizes[i] as u64;
+        bytes[i] = if sizes[i] == 1 { 16 } else { (strides[i] * kind.size()) as u64 };
+    }
     let reach = 1u64 << 40;
-    if !(pointer | bytes[0] | bytes[1]).is_multiple_of(16) || bytes.iter().any(|&b| b == 0 || b >= reach) {
+    let bytes = &bytes[1..N];
+    if !pointer.is_multiple_of(16) || bytes.iter().any(|&b| b == 0 || b >= reach || !b.is_multiple_of(16)) {
         return Ok(None);
     }
-    let sizes = [along as u64, lines as u64, batch as u64];
-    if sizes.iter().any(|&n| n == 0 || n >= 1 << 31) {
+    if lengths[..N].iter().any(|&n| n == 0 || n >= 1 << 31) {
         return Ok(None);
     }
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    let (tile, one) = ([64u32, 64, 1], [1u32; 3]);
+    let (tile, one) = ([64u32, 64, 1, 1], [1u32; RANK]);
     gpu.bind()?;
     // SAFETY: the map is written whole; the arrays have as many entries as the rank says (strides one fewer). The address is
     // only written down: who launches a kernel with the map answers for what it reaches.
@@ -39,9 +48,9 @@ pub(crate) fn boxes(
         sys::cuTensorMapEncodeTiled(
             &mut map,
             data,
-            3,
+            N as u32,
             pointer as *mut std::ffi::c_void,
-            sizes.as_ptr(),
+            lengths.as_ptr(),
             bytes.as_ptr(),
             tile.as_ptr(),
             one.as_ptr(),

@@ -68,7 +68,7 @@ pub fn agrees_with(
         let there: Vec<Tensor> = inputs.iter().map(|t| t.to_device(cuda).unwrap()).collect();
         let (want, here) = (run(&exact, op).unwrap(), run(&inputs, naive).unwrap());
         let got = run(&there, op).unwrap_or_else(|e| panic!("{name} {dtype}: {e}"));
-        let again = run(&there, op).unwrap();
+        let again = (!devices::light()).then(|| run(&there, op).unwrap());
         // what one rounding errs in the root mean square, nearly
         let unit = match dtype {
             DType::F32 => 2f64.powi(-24) * (0.42 * (terms as f64 / 2.0).sqrt()).max(1.0),
@@ -79,7 +79,13 @@ pub fn agrees_with(
         assert_eq!(got.len(), want.len());
         for (i, ((got, here), want)) in got.iter().zip(&here).zip(&want).enumerate() {
             assert_eq!((got.shape(), got.dtype()), (here.shape(), here.dtype()), "{name} {dtype} {i}");
-            assert_eq!(got.to_le_bytes().unwrap(), again[i].to_le_bytes().unwrap(), "{name} {dtype} {i}: not deterministic");
+            if let Some(again) = &again {
+                assert_eq!(
+                    got.to_le_bytes().unwrap(),
+                    again[i].to_le_bytes().unwrap(),
+                    "{name} {dtype} {i}: not deterministic"
+                );
+            }
             let (err, naive) = (relative_l2(got, want).unwrap(), relative_l2(here, want).unwrap());
             let bound = 2.0 * naive.max(unit);
             assert!(err <= bound, "{name} {dtype} result {i}: {err:.2e} over {bound:.2e}");

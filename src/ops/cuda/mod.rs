@@ -6,6 +6,7 @@
 pub mod adamw;
 pub mod assemble_blocks;
 pub mod attention;
+mod attention_sm90;
 pub mod cast;
 pub mod concat;
 pub mod cross_entropy;
