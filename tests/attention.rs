@@ -363,9 +363,8 @@ fn long_sequences_agree_with_the_reference() {
 }
 
 /// What kernels tile: strides around and above tile heights, head widths on and off the compiled ones, ragged tails, many
-/// small blocks (the compressor), long keys for few queries (decoding).
-#[test]
-fn long_sequences_agree_on_cuda() {
+/// small blocks (the compressor), long keys for few queries (decoding). In quarters, for tools under which a launch takes long.
+fn long_sequences_on_cuda(quarter: usize) {
     if devices::cuda().is_none() {
         return;
     }
@@ -384,6 +383,10 @@ fn long_sequences_agree_on_cuda() {
         cat(300, 1000, 32),
         cat(1, 260, 64),
         cat(3, 333, 80),
+        cat(18, 640, 40),
+        cat(34, 1190, 128),
+        cat(66, 700, 72),
+        cat(6, 1538, 64),
         square(Mask::Cat { stride: 17 }, 2, 2, 3, 200, 64),
         square(Mask::Causal, 1, 2, 2, 1025, 64),
         square(Mask::Causal, 1, 1, 1, 513, 128),
@@ -391,14 +394,16 @@ fn long_sequences_agree_on_cuda() {
         square(Mask::Bidirectional, 130, 2, 1, 18, 32),
         square(Mask::Bidirectional, 40, 3, 1, 34, 64),
         square(Mask::Bidirectional, 1, 2, 1, 300, 64),
+        square(Mask::Bidirectional, 21, 2, 1, 33, 128),
+        square(Mask::Bidirectional, 7, 2, 2, 17, 64),
         Case { mask: Mask::Bidirectional, b: 2, hkv: 2, group: 2, lq: 70, lk: 333, d: 64 },
         Case { mask: Mask::Causal, b: 3, hkv: 2, group: 4, lq: 1, lk: 1500, d: 64 },
         Case { mask: Mask::Causal, b: 1, hkv: 2, group: 1, lq: 2, lk: 300, d: 128 },
         Case { mask: Mask::Causal, b: 1, hkv: 2, group: 1, lq: 65, lk: 700, d: 64 },
     ];
-    for (i, c) in cases.into_iter().enumerate() {
+    for (i, c) in cases.into_iter().enumerate().skip(quarter).step_by(4) {
         // each by one of the dtypes, in turn, where a launch takes long
-        let asked = |n: usize| !devices::light() || i % 3 == n;
+        let asked = |n: usize| !devices::light() || (i / 4 + n) % 3 == 0;
         if asked(0) {
             check::<f32>(c, 300 + i as u64);
         }
@@ -409,6 +414,22 @@ fn long_sequences_agree_on_cuda() {
             check::<f16>(c, 300 + i as u64);
         }
     }
+}
+#[test]
+fn long_sequences_agree_on_cuda_1() {
+    long_sequences_on_cuda(0);
+}
+#[test]
+fn long_sequences_agree_on_cuda_2() {
+    long_sequences_on_cuda(1);
+}
+#[test]
+fn long_sequences_agree_on_cuda_3() {
+    long_sequences_on_cuda(2);
+}
+#[test]
+fn long_sequences_agree_on_cuda_4() {
+    long_sequences_on_cuda(3);
 }
 
 #[test]

@@ -130,12 +130,7 @@ fn case(
         let y = tape.record(|| ops::attention(q, k, v, mask, scale))?;
         tape.backward_from(&[(&y, dy.clone())], &mut grads)
     })?;
-    let pairs = (batch * h) as f64 * mask.pairs(length, length) as f64;
-    let lse = (batch * length * h * 4) as f64;
-    let bytes_forward = 2.0 * q_bytes + 2.0 * kv_bytes + lse;
-    let bytes_both = bytes_forward + 4.0 * q_bytes + 4.0 * kv_bytes + lse;
-    let (flops_forward, flops_both) = (4.0 * d as f64 * pairs, 14.0 * d as f64 * pairs);
-    let floor = |flops: f64, bytes: f64| 1e3 * (flops / machine.matmul_flops_per_s).max(bytes / machine.copy_bytes_per_s);
+    let work = Work::of(s, (batch, length), mask);
     Ok(AttentionRow {
         mask: name.into(),
         chunk_size,
@@ -143,10 +138,38 @@ fn case(
         length,
         forward,
         forward_backward,
-        flops_forward,
-        flops_both,
-        bytes_forward,
-        bytes_both,
-        floor_ms: [floor(flops_forward, bytes_forward), floor(flops_both, bytes_both)],
+        flops_forward: work.flops[0],
+        flops_both: work.flops[1],
+        bytes_forward: work.bytes[0],
+        bytes_both: work.bytes[1],
+        floor_ms: work.floors(machine),
     })
+}
+
+/// What cannot be avoided, forward and in both directions: operations, and bytes that must move.
+struct Work {
+    flops: [f64; 2],
+    bytes: [f64; 2],
+}
+
+impl Work {
+    fn of(s: &AttentionBench, (batch, length): (usize, usize), mask: Mask) -> Self {
+        let row = (batch * length * s.head_dim * s.dtype.size()) as f64;
+        let (q, kv) = (row * s.heads as f64, row * s.kv_heads as f64);
+        let stats = (batch * length * s.heads * 4) as f64;
+        let pairs = (batch * s.heads) as f64 * mask.pairs(length, length) as f64;
+        let forward = 2.0 * q + 2.0 * kv + stats;
+        let d = s.head_dim as f64;
+        Self { flops: [4.0 * d * pairs, 14.0 * d * pairs], bytes: [forward, forward + 4.0 * q + 4.0 * kv + stats] }
+    }
+    fn floors(&self, machine: &Machine) -> [f64; 2] {
+        let floor = |i: usize| (self.flops[i] / machine.matmul_flops_per_s).max(self.bytes[i] / machine.copy_bytes_per_s);
+        [1e3 * floor(0), 1e3 * floor(1)]
+    }
+}
+
+/// The least time, ms, forward and both, that the machine's ceilings leave.
+#[cfg(feature = "cuda")]
+pub(super) fn floors(s: &AttentionBench, machine: &Machine, sizes: (usize, usize), mask: Mask) -> [f64; 2] {
+    Work::of(s, sizes, mask).floors(machine)
 }

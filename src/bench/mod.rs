@@ -4,12 +4,14 @@
 mod attention;
 mod flops;
 mod kernels;
+mod ladder;
 mod machine;
 mod train;
 
 pub use attention::{AttentionBench, AttentionReport, AttentionRow, bench_attention};
 pub use flops::{Flops, training_flops};
 pub use kernels::{KernelRow, KernelsBench, KernelsReport, bench_kernels};
+pub use ladder::{LadderReport, RungRow, bench_ladder};
 pub use machine::{Machine, matmul_ceiling, peer_output, time};
 pub use train::{PeerRow, TrainBench, TrainBenchReport, TrainRow, bench_train, run_peer};
 

@@ -3,7 +3,8 @@
 use super::{Compute, parse_dtype, print};
 use clap::{Args, Subcommand};
 use felid::bench::{
-    AttentionBench, KernelsBench, Machine, TrainBench, bench_attention, bench_kernels, bench_train, peer_output, run_peer,
+    AttentionBench, KernelsBench, Machine, TrainBench, bench_attention, bench_kernels, bench_ladder, bench_train,
+    peer_output, run_peer,
 };
 use felid::model::{ModelConfig, write_json};
 use felid::tensor::DType;
@@ -99,11 +100,16 @@ struct Attention {
     /// Tokens of a row
     #[arg(long, default_value_t = 4096)]
     seq_len: usize,
-    #[arg(long, value_delimiter = ',', default_value = "4,8,16,32")]
-    chunk_sizes: Vec<usize>,
+    /// [default: 4,8,16,32]
+    #[arg(long, value_delimiter = ',')]
+    chunk_sizes: Option<Vec<usize>>,
     /// Measured runs a case
     #[arg(long, default_value_t = 50)]
     runs: usize,
+    /// Only the forward kernels of kernels/lab/attention, from the definition to what ships, at C 16 or the first of
+    /// --chunk-sizes
+    #[arg(long)]
+    ladder: bool,
     #[command(flatten)]
     output: Output,
 }
@@ -212,11 +218,29 @@ impl Attention {
             kv_heads: self.kv_heads.unwrap_or(self.heads),
             head_dim: self.head_dim,
             tokens: self.seq_len,
-            chunk_sizes: self.chunk_sizes,
+            chunk_sizes: self.chunk_sizes.unwrap_or(if self.ladder { vec![16] } else { vec![4, 8, 16, 32] }),
             header: 2,
             dtype: self.output.dtype,
             runs: self.runs,
         };
+        if self.ladder {
+            return self.output.show(&bench_ladder(settings, device)?, |report| {
+                heading("the ladder of attention", &report.machine)?;
+                print::line("rung                              forward ms     gain  of floor     error")?;
+                for r in &report.rows {
+                    print::line(&format!(
+                        "{}  {:<28}  {:>12.3}  {:>6.2}x  {:>7.0}%  {:>8.1e}",
+                        r.rung,
+                        r.adds,
+                        r.forward.median_ms,
+                        r.gain,
+                        100.0 * r.share_of_floor,
+                        r.error
+                    ))?;
+                }
+                Ok(())
+            });
+        }
         self.output.show(&bench_attention(settings, device, peer)?, |report| {
             heading("attention", &report.machine)?;
             print::line("mask             C  sequences x length  forward ms   of floor  forward+backward ms   of floor")?;

@@ -9,23 +9,25 @@ pub(super) const HEADERS: &[(&str, &str)] = &[
     ("attention_mma.cuh", include_str!("../../kernels/attention_mma.cuh")),
     ("attention_sm90.cuh", include_str!("../../kernels/attention_sm90.cuh")),
     ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("lab_rows.cuh", include_str!("../../kernels/lab/attention/lab_rows.cuh")),
     ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
     ("rows.cuh", include_str!("../../kernels/rows.cuh")),
     ("sm90.cuh", include_str!("../../kernels/sm90.cuh")),
 ];
 
-/// `file: [element types] [other defines, one a variant] => entry points`. For each file a module of that name, with a
+/// `file: [element types] [other defines, one a variant] => entry points`, with `in "folder/"` after the file where it does not
+/// lie in `kernels` itself. For each file a module of that name, with a
 /// [`Symbol`] for each entry point.
 macro_rules! kernels {
-    ($($file:ident: [$($element:literal)*] [$($define:literal)*] => $($symbol:ident),*;)*) => {
+    ($($file:ident $(in $folder:literal)?: [$($element:literal)*] [$($define:literal)*] => $($symbol:ident),*;)*) => {
         $(
-            #[doc = concat!("`kernels/", stringify!($file), ".cu`")]
+            #[doc = concat!("`kernels/", $($folder,)? stringify!($file), ".cu`")]
             #[allow(non_upper_case_globals)]
             pub(crate) mod $file {
                 use super::*;
                 pub(crate) static SOURCE: Source = Source {
                     name: stringify!($file),
-                    text: include_str!(concat!("../../kernels/", stringify!($file), ".cu")),
+                    text: include_str!(concat!("../../kernels/", $($folder,)? stringify!($file), ".cu")),
                     elements: &[$($element),*],
                     defines: &[$($define),*],
                     symbols: &[$(stringify!($symbol)),*],
@@ -80,4 +82,8 @@ kernels! {
     gemm_f32: ["float"] ["GEMM=0" "GEMM=1" "GEMM=2" "GEMM=3"] => gemm_128x128, gemm_64x64, gemm_any, gemm_sum;
     gemm_sm90: ["bf16" "f16"] ["GEMM=0" "GEMM=1" "GEMM=2" "GEMM=3" "GEMM=4" "GEMM=5" "GEMM=6" "GEMM=7"] =>
         gemm_tma_256, gemm_tma_128;
+    lab_1_definition in "lab/attention/": ["bf16"] [] => lab_1_definition;
+    lab_2_indices in "lab/attention/": ["bf16"] [] => lab_2_indices;
+    lab_3_tiles in "lab/attention/": ["bf16"] [] => lab_3_tiles;
+    lab_4_tensor_cores in "lab/attention/": ["bf16"] [] => lab_4_tensor_cores;
 }

@@ -89,7 +89,7 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    fn new(q: &Tensor, k: &Tensor, mask: Mask, scale: f64) -> Result<Self> {
+    pub(super) fn new(q: &Tensor, k: &Tensor, mask: Mask, scale: f64) -> Result<Self> {
         let d = q.dim(3);
         let Some((width, define)) = WIDTHS.into_iter().find(|(w, _)| d <= *w) else {
             return Err(Error::shape(OP, format!("heads of width {d} have no kernel on {}: use at most 256", q.device())));
@@ -197,6 +197,14 @@ impl Plan {
     fn row_grid(&self, shared: usize) -> Grid {
         Grid::new(self.row_tiles * self.heads * self.batches(), self.tiles.threads).shared(shared)
     }
+    /// `[q, k, v]` have dense rows; y `[B, Lq, H, d]` and lse `[B, H, Lq]` are overwritten.
+    pub(super) fn forward(&self, [q, k, v]: [&Tensor; 3], y: &mut Tensor, lse: &mut Tensor) -> Result<()> {
+        let symbol = either(q.dtype(), full::attention_forward, half::attention_forward);
+        let args = [q.read()?, k.read()?, v.read()?, y.write()?, lse.write()?, self.words(q, k, v, q)?];
+        // SAFETY: the parameters are (q, k, v, y, lse, Attention); the plan's sizes and strides are those of q, k and v, of one
+        // dtype and with dense rows; y and lse are as large as the plan says.
+        unsafe { q.gpu()?.launch(symbol, self.variant, self.row_grid(self.tiles.forward), &args) }
+    }
     /// Blocks over `tiles` tiles of keys.
     fn key_grid(&self, tiles: usize) -> Grid {
         let blocks = tiles * self.tiles.parts * self.key_heads * self.batches();
@@ -235,12 +243,7 @@ pub(crate) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask, scale: f64
         hopper.forward(q.gpu()?, &mut y, &mut lse, words)?;
         return Ok((heads_first(&y)?, lse));
     }
-    let p = Plan::new(q, k, mask, scale)?;
-    let symbol = either(q.dtype(), full::attention_forward, half::attention_forward);
-    let args = [q.read()?, k.read()?, v.read()?, y.write()?, lse.write()?, p.words(q, k, v, q)?];
-    // SAFETY: the parameters are (q, k, v, y, lse, Attention); the plan's sizes and strides are those of q, k and v, of one
-    // dtype and with dense rows; y and lse are new, [B, Lq, H, d] and [B, H, Lq].
-    unsafe { q.gpu()?.launch(symbol, p.variant, p.row_grid(p.tiles.forward), &args)? };
+    Plan::new(q, k, mask, scale)?.forward([q, k, v], &mut y, &mut lse)?;
     Ok((heads_first(&y)?, lse))
 }
 

@@ -6,6 +6,7 @@
 pub mod adamw;
 pub mod assemble_blocks;
 pub mod attention;
+pub mod attention_ladder;
 mod attention_sm90;
 pub mod cast;
 pub mod concat;
