@@ -28,23 +28,31 @@ DEVICE void copy_tile(u32 to, const TensorMap *map, u32 barrier, int line, int h
   for (int x = 0; x < BOXES; x++) copy_box(to + x * BOX, map, barrier, x * 64, line, head, batch);
 }
 
-// s[64, 64] = own[64, D] other[64, D]^T, both tiles in shared memory. Issues only: fence before, commit and wait after.
-DEVICE void tile_scores(float (&s)[8][4], u32 own, u32 other) {
+// The descriptor of what lies `bytes` further on: one addition, since shared memory ends below 2^18.
+DEVICE u64 onward(u64 tile, u32 bytes) { return (tile & ~0xffffffffull) | ((u32)tile + (bytes >> 4)); }
+// s[64, 8 NT] = own[64, D] other[8 NT, D]^T, both tiles in shared memory. Issues only: fence before, commit and wait after.
+// 32 lines are HALF bytes, in each box of a tile.
+constexpr u32 HALF = BOX / 2;
+template <int NT> DEVICE void tile_scores(float (&s)[NT][4], u32 own, u32 other) {
+  const u64 a = describe(own), b = describe(other);
 #pragma unroll
   for (int k = 0; k < D / 16; k++) {
     const u32 step = k / 4 * BOX + k % 4 * STEP_ALONG;
-    wgmma<ALONG, ALONG>(s, describe(own + step), describe(other + step), k > 0);
+    wgmma<ALONG, ALONG>(s, onward(a, step), onward(b, step), k > 0);
   }
 }
-// acc[64, D] += p[64, 64] other[64, D]: p in registers, rounded to T (`held` of k-step i: columns 16 i to 16 i + 15).
-DEVICE void tile_mix(float (&acc)[D / 8][4], const u32 (&p)[4][4], u32 other) {
+// acc[64, D] += p[64, 16 K] other[16 K, D]: p in registers, rounded to T (`held` of k-step i: columns 16 i to 16 i + 15).
+// With add 0 acc is overwritten.
+template <int K> DEVICE void tile_mix(float (&acc)[D / 8][4], const u32 (&p)[K][4], u32 other, int add = 1) {
+  const u64 b = describe(other);
 #pragma unroll
-  for (int k = 0; k < 4; k++) wgmma_held<ACROSS>(acc, p[k], describe(other + k * STEP_ACROSS), 1);
+  for (int k = 0; k < K; k++) wgmma_held<ACROSS>(acc, p[k], onward(b, k * STEP_ACROSS), k > 0 || add);
 }
-// The A operand of tile_mix out of a 64 x 64 piece of sums.
-DEVICE void hold(u32 (&p)[4][4], const float (&s)[8][4]) {
+// The A operand of tile_mix out of a 64 x 16 K piece of sums.
+template <int K, int NT> DEVICE void hold(u32 (&p)[K][4], const float (&s)[NT][4]) {
+  static_assert(NT == 2 * K, "16 columns a step");
 #pragma unroll
-  for (int k = 0; k < 4; k++) {
+  for (int k = 0; k < K; k++) {
     p[k][0] = pack2<T>(s[2 * k][0], s[2 * k][1]);
     p[k][1] = pack2<T>(s[2 * k][2], s[2 * k][3]);
     p[k][2] = pack2<T>(s[2 * k + 1][0], s[2 * k + 1][1]);

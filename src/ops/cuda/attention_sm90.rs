@@ -11,27 +11,38 @@ use crate::{Error, Result};
 /// Fewer query rows than this fill too little of a tile of 64.
 const FEWEST_ROWS: usize = 16;
 
-/// Bytes of shared memory that blocks have for tiles, by head width: kernels/attention_sm90*.cu.
-struct Shared {
-    forward: usize,
-    rows: usize,
-    keys: usize,
+/// How blocks of a kernel are made, as its header says.
+#[derive(Clone, Copy)]
+struct Block {
+    threads: usize,
+    shared: usize,
 }
 
-fn sizes(width: usize) -> (Tiles, Shared) {
+/// Of the forward kernel, the row pass and the key pass.
+struct Blocks {
+    forward: Block,
+    /// Forward blocks that a multiprocessor holds; they walk the tiles.
+    resident: usize,
+    rows: Block,
+    keys: Block,
+}
+
+fn sizes(width: usize) -> (Tiles, Blocks) {
     let tile = 64 * width * 2;
-    let shared =
-        Shared { forward: 1024 + (2 + 2 * 4) * tile, rows: 1024 + (4 + 2 * 2) * tile, keys: 1024 + (4 + 2 * 2) * tile };
-    (
-        Tiles { rows: 128, slots: 128, keys: 64, threads: 288, parts: 1, forward: shared.forward, backward: shared.rows },
-        shared,
-    )
+    let blocks = Blocks {
+        forward: Block { threads: 256, shared: 14 * tile + 256 },
+        resident: if width <= 64 { 2 } else { 1 },
+        rows: Block { threads: 256, shared: 12 * tile + 3712 },
+        keys: Block { threads: 384, shared: 12 * tile + 4 * 512 + 128 },
+    };
+    let (forward, backward) = (blocks.forward.shared, blocks.rows.shared);
+    (Tiles { rows: 128, slots: 128, keys: 64, threads: 256, parts: 1, forward, backward }, blocks)
 }
 
 /// A call that the Hopper kernels take, with the tensor maps that they want.
 pub(super) struct Hopper {
     pub plan: Plan,
-    shared: Shared,
+    blocks: Blocks,
     /// All rows of q, k and v.
     rows: [Arg; 3],
     /// The slots of k and v; none under [`Kind::Joined`], where the rows stand in.
@@ -49,7 +60,7 @@ impl Hopper {
             return Ok(None);
         }
         let (width, define) = if d <= 64 { (64, "HEAD_DIM=64") } else { (128, "HEAD_DIM=128") };
-        let (tiles, shared) = sizes(width);
+        let (tiles, blocks) = sizes(width);
         let plan = Plan::with(tiles, define, q, k, mask, scale)?;
         if plan.kind == Kind::Joined && !plan.local_keys {
             return Ok(None); // grouped queries: their keys need a pass whose tiles may be too small to join sequences
@@ -68,11 +79,7 @@ impl Hopper {
         if dy.is_some_and(|map| map.is_none()) {
             return Ok(None);
         }
-        Ok(Some(Self { plan, shared, rows: [q, all_k, all_v], slots, dy: dy.flatten() }))
-    }
-
-    fn grid(&self, blocks: usize, shared: usize) -> Grid {
-        Grid::new(blocks, self.plan.tiles.threads).shared(shared)
+        Ok(Some(Self { plan, blocks, rows: [q, all_k, all_v], slots, dy: dy.flatten() }))
     }
 
     /// `words` are the plan's; y and lse are overwritten.
@@ -80,7 +87,8 @@ impl Hopper {
         let p = &self.plan;
         let ([q, k, v], [k_slots, v_slots]) = (self.rows, self.slots);
         let args = [q, k, v, k_slots, v_slots, y.write()?, lse.write()?, words];
-        let grid = self.grid(p.row_tiles * p.heads * p.batches(), self.shared.forward);
+        let tiles = p.row_tiles * p.heads * p.batches();
+        let grid = grid(tiles.min(self.blocks.resident * gpu.multiprocessors as usize), self.blocks.forward);
         // SAFETY: the parameters are (q, k, v, k_slots, v_slots, y, lse, Attention); the maps reach what those tensors hold, the
         // plan's sizes are theirs; y and lse are new, [B, Lq, H, d] and [B, H, Lq].
         unsafe { gpu.launch(attention_sm90::attention_forward_sm90, p.variant, grid, &args) }
@@ -90,7 +98,7 @@ impl Hopper {
     pub(super) fn backward_rows(&self, gpu: &'static Gpu, saved: [Arg; 2], out: [Arg; 4], words: Arg) -> Result<()> {
         let p = &self.plan;
         let args: Vec<Arg> = [self.rows.as_slice(), &self.slots, &self.dy()?, &saved, &out, &[words]].concat();
-        let grid = self.grid(p.row_tiles * p.heads * p.batches(), self.shared.rows);
+        let grid = grid(p.row_tiles * p.heads * p.batches(), self.blocks.rows);
         // SAFETY: the parameters are (q, k, v, k_slots, v_slots, dy, y, lse, delta, dq, dk, dv, Attention); the maps reach what
         // those tensors hold, the plan's sizes are theirs; the rest is the caller's, y, dq, dk, dv as [B, L, heads, d].
         unsafe { gpu.launch(attention_sm90_rows::attention_backward_rows_sm90, p.variant, grid, &args) }
@@ -100,7 +108,7 @@ impl Hopper {
     pub(super) fn backward_keys(&self, gpu: &'static Gpu, saved: [Arg; 2], out: [Arg; 3], words: Arg) -> Result<()> {
         let p = &self.plan;
         let args: Vec<Arg> = [&self.rows[..1], &self.dy()?, &self.slots, &saved, &out, &[words]].concat();
-        let grid = self.grid(p.key_tiles * p.splits * p.key_heads * p.batches(), self.shared.keys);
+        let grid = grid(p.key_tiles * p.splits * p.key_heads * p.batches(), self.blocks.keys);
         // SAFETY: the parameters are (q, dy, k_slots, v_slots, lse, delta, dk, dv, partial, Attention), as above; partial is
         // [2, splits, B, slots, Hkv, d] where there are several splits.
         unsafe { gpu.launch(attention_sm90_keys::attention_backward_keys_sm90, p.variant, grid, &args) }
@@ -110,6 +118,10 @@ impl Hopper {
         let missing = || Error::Kernel { kernel: "attention".into(), detail: "planned without dy".into() };
         self.dy.map(|dy| [dy]).ok_or_else(missing)
     }
+}
+
+fn grid(blocks: usize, of: Block) -> Grid {
+    Grid::new(blocks, of.threads).shared(of.shared)
 }
 
 /// All rows of a `[B, H, L, d]` view: dimensions (d, L, H, B), or under [`Kind::Joined`] (d, B L, H, 1).
