@@ -4,8 +4,8 @@
 // backward: s again from the gate; dgate = dy up s (1 + g (1 - s)), dup = dy g s.
 //
 // gate, up, dy: rows of any stride, dense inside (halves of one projection too). y, dgate, dup: [rows, width] contiguous,
-// overwritten. Saved for backward: gate and up. A thread moves 16 bytes of each; tensors that lie in one piece come as one
-// long row. Bytes that must move, for elements of s bytes: forward 3 s, backward 5 s each.
+// overwritten; dgate may lie where gate does, and dup where up does. Saved for backward: gate and up. A thread moves 16 bytes
+// of each; tensors that lie in one piece come as one long row. Bytes that must move, for elements of s bytes: forward 3 s, backward 5 s each.
 //
 // Where T has 16 bits, e^x and 1/x are the chip's approximations (2^-22), far below T's rounding; the f32 module keeps the
 // exact ones.
@@ -50,8 +50,7 @@ KERNEL __launch_bounds__(256) swiglu(T *__restrict__ y, const T *__restrict__ ga
   store_words(y + row * width, column, width, packed<T>(out));
 }
 
-KERNEL __launch_bounds__(256) swiglu_backward(T *__restrict__ dgate, T *__restrict__ dup, const T *__restrict__ gate,
-                                              const T *__restrict__ up, const T *__restrict__ dy, View gv, View uv,
+KERNEL __launch_bounds__(256) swiglu_backward(T *dgate, T *dup, const T *gate, const T *up, const T *dy, View gv, View uv,
                                               View dyv, i64 rows, i64 width, i64 parts) {
   const i64 i = thread_index();
   if (i >= rows * parts) return;

@@ -1,8 +1,10 @@
 //! The tape: what it records, when it lets go, and what an error leaves behind.
 
-use felid::autograd::{Gradients, Tape, Var, is_recording, no_grad, recompute, record_one};
+use felid::autograd::{Gradients, Tape, Var, compute_again, is_recording, no_grad, recompute, record_one};
 use felid::tensor::{DType, Device, Tensor, memory_stats};
 use felid::{Error, Result, ops};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 fn parameter(values: &[f64]) -> Var {
     Var::parameter(Tensor::from_slice(values, &[values.len()]).unwrap())
@@ -240,4 +242,119 @@ fn writing_a_parameter_leaves_recorded_values_alone() {
     assert_eq!(grad(&grads, &x), [6.0]);
     let taken = grads.take(&x).unwrap();
     assert_eq!((taken.shape(), grads.len()), (&[1usize][..], 0));
+}
+
+/// `2 x`, computed again in backward; counts how often, and fails where told to.
+fn doubled(x: &Var, count: &Arc<AtomicUsize>, fail: bool) -> Result<Var> {
+    let (value, count) = (x.value().clone(), count.clone());
+    let make = move |x: &Tensor| ops::scale(&x.clone().into(), 2.0).map(Var::into_value);
+    let y = record_one("doubled", &[x], make(&value)?, |flow| {
+        let dy = flow.output()?;
+        flow.give(0, ops::scale(&dy.into(), 2.0)?.into_value())
+    });
+    let mut outputs = [y];
+    compute_again(&mut outputs, move || {
+        count.fetch_add(1, Relaxed);
+        if fail { Err(Error::Gradient { op: "doubled", detail: "on purpose".into() }) } else { Ok(vec![make(&value)?]) }
+    });
+    let [y] = outputs;
+    Ok(y)
+}
+
+#[test]
+fn what_is_cheap_is_computed_once_for_all_who_saved_it() {
+    let wave = |n: usize| Tensor::from_vec((0..n).map(|i| (i as f64).sin()).collect(), &[n]).unwrap();
+    let x = Var::parameter(wave(24).reshape(&[6, 4]).unwrap());
+    let [w, v] = [20, 24].map(|n| Var::parameter(wave(n).reshape(&[n / 4, 4]).unwrap()));
+    let run = |tape: Tape| {
+        let (count, mut grads) = (Arc::new(AtomicUsize::new(0)), Gradients::default());
+        let z = tape.record(|| {
+            let y = doubled(&x, &count, false)?;
+            // as it is, and as views of it: turned, and a copy of a part
+            let a = ops::linear(&y, &w, None)?;
+            let b = ops::matmul(&ops::transpose(&y, 0, 1)?, &v)?;
+            let part = ops::reshape(&ops::narrow(&y, 1, 1, 2)?, &[3, 4])?;
+            let c = ops::linear(&part, &w, None)?;
+            ops::add(&ops::add(&ops::sum_all(&a)?, &ops::sum_all(&b)?)?, &ops::sum_all(&c)?)
+        });
+        // the recipe, in the tape alone
+        let recipes = Arc::strong_count(&count) - 1;
+        tape.backward(&z.unwrap(), 1.0, &mut grads).unwrap();
+        assert_eq!(Arc::strong_count(&count), 1);
+        let bits: Vec<_> = [&x, &w, &v].iter().map(|p| grads.get(p).unwrap().to_le_bytes().unwrap()).collect();
+        (count.load(Relaxed), recipes, bits)
+    };
+    let (again, saved) = (run(ops::tape()), run(ops::tape().saving_all()));
+    assert_eq!((again.0, again.1), (1, 1));
+    assert_eq!((saved.0, saved.1), (0, 0));
+    assert_eq!(again.2, saved.2);
+}
+
+#[test]
+fn nothing_is_computed_again_that_nobody_waits_for() {
+    let (x, count) = (parameter(&[1.0, 2.0]), Arc::new(AtomicUsize::new(0)));
+    // a constant's weight alone has a gradient, and the output of `linear` is not used
+    let w = Var::parameter(Tensor::from_slice(&[1.0f64, 2.0], &[1, 2]).unwrap());
+    let tape = ops::tape();
+    let y = tape.record(|| {
+        let y = doubled(&x, &count, false)?;
+        ops::linear(&y, &w, None)?;
+        ops::linear(&y, &w.detach(), None)
+    });
+    let mut grads = Gradients::default();
+    tape.backward(&y.unwrap(), 1.0, &mut grads).unwrap();
+    assert_eq!((grad(&grads, &x), grads.missing([&w]).len()), (vec![2.0, 4.0], 1));
+    assert_eq!(count.load(Relaxed), 0);
+    // without a tape, or a gradient, there is no backward, and so no recipe
+    no_grad(|| doubled(&x, &count, false)).unwrap();
+    let tape = ops::tape();
+    tape.record(|| doubled(&x.detach(), &count, false)).unwrap();
+    assert_eq!(Arc::strong_count(&count), 1);
+}
+
+#[test]
+fn an_error_in_computing_again_is_backwards_error() {
+    let (x, count) = (parameter(&[1.0, 2.0]), Arc::new(AtomicUsize::new(0)));
+    let w = Var::parameter(Tensor::from_slice(&[1.0f64, 2.0], &[1, 2]).unwrap());
+    let tape = ops::tape();
+    let y = tape.record(|| ops::linear(&ops::exp(&doubled(&x, &count, true)?)?, &w, None)).unwrap();
+    let mut grads = Gradients::default();
+    tape.backward(&y, 1.0, &mut grads).unwrap(); // exp keeps its own output
+    grads.clear();
+    let tape = ops::tape();
+    let y = tape.record(|| ops::linear(&doubled(&x, &count, true)?, &w, None)).unwrap();
+    let e = tape.backward(&y, 1.0, &mut grads).unwrap_err();
+    assert!(e.to_string().contains("on purpose"));
+    assert!(grads.is_empty() && !is_recording());
+    drop(y);
+    assert_eq!((Arc::strong_count(&count), count.load(Relaxed)), (1, 1));
+}
+
+#[test]
+fn a_value_written_to_is_not_computed_again() {
+    let (x, count) = (parameter(&[1.0, 2.0]), Arc::new(AtomicUsize::new(0)));
+    let w = Var::parameter(Tensor::from_slice(&[1.0f64, 1.0], &[1, 2]).unwrap());
+    let tape = ops::tape();
+    let z = tape.record(|| {
+        let mut y = doubled(&x, &count, false)?;
+        y.value_mut().as_mut_slice::<f64>()?[0] = 10.0;
+        ops::linear(&y, &w, None)
+    });
+    let mut grads = Gradients::default();
+    tape.backward(&z.unwrap(), 1.0, &mut grads).unwrap();
+    assert_eq!((grads.get(&w).unwrap().to_f64_vec().unwrap(), count.load(Relaxed)), (vec![10.0, 4.0], 0));
+}
+
+#[test]
+fn recomputed_blocks_save_the_way_to_their_inputs() {
+    let (x, count) = (parameter(&[0.5, 2.0]), Arc::new(AtomicUsize::new(0)));
+    let tape = ops::tape();
+    let y = tape.record(|| {
+        let y = doubled(&x, &count, false)?;
+        recompute(&[&y], |v| Ok(vec![ops::exp(&v[0])?]))
+    });
+    let mut grads = Gradients::default();
+    tape.backward(&y.unwrap()[0], 1.0, &mut grads).unwrap();
+    assert_eq!(grad(&grads, &x), [2.0 * 1f64.exp(), 2.0 * 4f64.exp()]);
+    assert_eq!((count.load(Relaxed), Arc::strong_count(&count)), (1, 1));
 }

@@ -11,9 +11,11 @@ mod small_run;
 
 use agree::{FLOATS, wave};
 use common::{KINDS, model};
+use felid::autograd::{Gradients, Tape, Var};
 use felid::eval::parity::{evaluate, parity, relative_l2};
 use felid::generate::{GenerateOptions, generate};
-use felid::model::Cat;
+use felid::model::{Cat, ForwardOptions, ModelConfig};
+use felid::ops;
 use felid::tensor::{DType, Device, Tensor};
 use felid::train::{TrainConfig, Trainer};
 use small_run::small;
@@ -108,6 +110,52 @@ fn training_agrees_with_the_cpu_and_with_itself() {
     for (a, b) in wide.iter().zip(&first) {
         // bf16 keeps 8 bits: the mean over hundreds of tokens, after some ten roundings each
         assert!((a - b).abs() <= 10.0 * 2f64.powi(-9) * a, "{wide:?} {first:?}");
+    }
+}
+
+/// Values computed again in backward, and gradients written over what they are of, change no bit.
+#[test]
+fn saving_less_changes_no_bit() {
+    let Some(cuda) = devices::cuda() else { return };
+    let presets = ["nano", "cpu-small"].map(|name| Cat::new(ModelConfig::preset(name).unwrap(), 3).unwrap());
+    for m in KINDS.iter().map(|&kind| model(kind, 2)).chain(presets) {
+        let c = m.config();
+        let n = c.block_size;
+        let text: Vec<i64> = (0..2 * n).map(|i| (i * 7) as i64 % c.vocab_size as i64).collect();
+        let text = Tensor::ids(&text, &[2, n]).unwrap();
+        for dtype in FLOATS {
+            let m = common::cast(&m, dtype).to_device(cuda).unwrap();
+            let bits = |tape: Tape, recompute: bool| {
+                let mut grads = Gradients::default();
+                let options = ForwardOptions { recompute, ..Default::default() };
+                let loss = tape.record(|| m.loss(&text, &text, options)).unwrap();
+                tape.backward(&loss, 1.0, &mut grads).unwrap();
+                m.params().iter().map(|p| grads.take(&p.var).map(|g| g.to_le_bytes().unwrap())).collect::<Vec<_>>()
+            };
+            let all_saved = bits(ops::tape().saving_all(), false);
+            assert!(bits(ops::tape(), false) == all_saved, "{dtype} {c:?}");
+            assert!(bits(ops::tape(), true) == all_saved, "{dtype} {c:?}");
+        }
+    }
+}
+
+#[test]
+fn swiglu_in_place_gives_the_same_bits() {
+    let Some(cuda) = devices::cuda() else { return };
+    for (dtype, width) in FLOATS.into_iter().flat_map(|d| [(d, 1), (d, 37), (d, 512)]) {
+        let x = Var::parameter(ops::cast_tensor(&wave(&[33, width], 5), dtype).unwrap().to_device(cuda).unwrap());
+        let bits = |held: bool| {
+            let (tape, mut grads, mut holder) = (ops::tape(), Gradients::default(), None);
+            let y = tape.record(|| {
+                let (gate, up) = (ops::scale(&x, 3.0)?, ops::scale(&x, -0.5)?);
+                let y = ops::swiglu(&gate, &up)?;
+                holder = held.then_some((gate, up));
+                ops::sum_all(&ops::mul(&y, &y)?)
+            });
+            tape.backward(&y.unwrap(), 1.0, &mut grads).unwrap();
+            grads.take(&x).unwrap().to_le_bytes().unwrap()
+        };
+        assert!(bits(true) == bits(false), "{dtype}, {width} wide");
     }
 }
 

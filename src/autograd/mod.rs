@@ -14,15 +14,18 @@
 //!
 //! - The tape is current for one thread, inside [`Tape::record`]; [`no_grad`] suspends it. Without one, nothing is saved.
 //! - [`Tape::backward`] consumes the tape: each node, and the activations it saved, is freed as the walk passes it.
+//! - An output that is cheap to compute again is not kept for its consumers' backward: see [`compute_again`].
 //! - Gradients are moved into place where they are the first to arrive and summed in place where they are not;
 //!   calling backward again (another micro-batch) with the same [`Gradients`] accumulates.
 
 mod gradcheck;
 mod recompute;
+mod saved;
 mod tape;
 
 pub use gradcheck::{GradCheck, check_gradients};
 pub use recompute::recompute;
+pub use saved::{Saved, compute_again};
 pub use tape::{Flow, Gradients, Tape, is_recording, no_grad, record, record_one};
 
 use crate::tensor::{DType, Tensor};
@@ -46,12 +49,14 @@ pub struct Var {
     id: Option<VarId>,
     /// The gradient's dtype, where it is not the value's.
     gradient: Option<DType>,
+    /// How to compute the value again, where that is cheap.
+    again: Option<saved::Again>,
 }
 
 impl Var {
     /// A leaf that gradients are wanted for.
     pub fn parameter(value: Tensor) -> Self {
-        Self { value, id: Some(VarId::fresh()), gradient: None }
+        Self { value, id: Some(VarId::fresh()), gradient: None, again: None }
     }
     /// A leaf whose gradient is kept in `dtype`: f32 for 16-bit weights, so that summing over uses and micro-batches, and
     /// in ops that add into it by themselves over rows too, rounds nothing away.
@@ -60,7 +65,7 @@ impl Var {
     }
     /// A value that no gradient flows to.
     pub fn constant(value: Tensor) -> Self {
-        Self { value, id: None, gradient: None }
+        Self { value, id: None, gradient: None, again: None }
     }
     /// The tensor.
     pub fn value(&self) -> &Tensor {
@@ -68,6 +73,7 @@ impl Var {
     }
     /// For optimizers: write a leaf's elements. Values computed from it before keep the old ones (copy on write).
     pub fn value_mut(&mut self) -> &mut Tensor {
+        self.again = None;
         &mut self.value
     }
     /// The tensor, by value.

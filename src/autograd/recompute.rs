@@ -1,8 +1,12 @@
 //! Trading time for memory: a block keeps only its inputs, and runs again in backward.
+//!
+//! This is for what costs real work, and is asked for; single values that cost next to nothing are computed again anyway
+//! (see `saved`), inside such blocks too.
 
 use super::tape::{Tape, is_recording, no_grad, record_always};
-use super::{Var, VarId};
+use super::{Saved, Var, VarId};
 use crate::Result;
+use crate::tensor::DType;
 
 /// Run `f(inputs)` without saving its activations; backward runs it again, recorded, and walks that.
 ///
@@ -16,11 +20,17 @@ where
         return f(&values);
     }
     let outputs = no_grad(|| f(&values))?;
+    let saved: Vec<(Saved, bool, Option<DType>)> =
+        values.into_iter().map(|v| (v.save(), v.has_gradient(), v.gradient)).collect();
     let tensors = outputs.into_iter().map(Var::into_value).collect::<Vec<_>>();
     let n = tensors.len();
     Ok(record_always("recompute", inputs, tensors, move |flow| {
-        let again: Vec<Var> = values.iter().map(|v| Var { id: v.id.map(|_| VarId::fresh()), ..v.clone() }).collect();
-        drop(values);
+        let again: Vec<Var> = saved
+            .into_iter()
+            .map(|(v, has_gradient, gradient)| {
+                Ok(Var { id: has_gradient.then(VarId::fresh), gradient, ..Var::constant(v.take()?) })
+            })
+            .collect::<Result<_>>()?;
         let seeds: Vec<_> = (0..n).map(|i| flow.output_at(i)).collect();
         let (grads, sum) = flow.nested();
         let tape = Tape::new(sum);

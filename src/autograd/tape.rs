@@ -20,22 +20,30 @@ struct Node {
     backward: Backward,
 }
 
+/// What a tape has recorded so far.
+#[derive(Default)]
+struct Recording {
+    nodes: Vec<Node>,
+    /// See [`Tape::saving_all`].
+    save_all: bool,
+}
+
 thread_local! {
     /// Tapes under way on this thread, innermost last; `None` where `no_grad` suspends recording.
-    static CURRENT: RefCell<Vec<Option<Vec<Node>>>> = const { RefCell::new(Vec::new()) };
+    static CURRENT: RefCell<Vec<Option<Recording>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Pops the innermost entry however the scope ends, so that an error or a panic inside leaves no tape behind.
 struct Scope;
 impl Scope {
-    fn enter(nodes: Option<Vec<Node>>) -> Self {
-        CURRENT.with_borrow_mut(|c| c.push(nodes));
+    fn enter(recording: Option<Recording>) -> Self {
+        CURRENT.with_borrow_mut(|c| c.push(recording));
         Self
     }
-    fn leave(self) -> Option<Vec<Node>> {
-        let nodes = CURRENT.with_borrow_mut(|c| c.pop().flatten());
+    fn leave(self) -> Option<Recording> {
+        let recording = CURRENT.with_borrow_mut(|c| c.pop().flatten());
         std::mem::forget(self);
-        nodes
+        recording
     }
 }
 impl Drop for Scope {
@@ -47,6 +55,11 @@ impl Drop for Scope {
 /// True inside [`Tape::record`] and not inside [`no_grad`].
 pub fn is_recording() -> bool {
     CURRENT.with_borrow(|c| matches!(c.last(), Some(Some(_))))
+}
+
+/// True where no value is to be computed again in backward.
+pub(super) fn saves_all() -> bool {
+    CURRENT.with_borrow(|c| matches!(c.last(), Some(Some(r)) if r.save_all))
 }
 
 /// Run `f` without recording: nothing is saved and no gradient flows.
@@ -85,8 +98,8 @@ pub(super) fn record_always(
         backward: Box::new(backward),
     };
     CURRENT.with_borrow_mut(|c| {
-        if let Some(Some(nodes)) = c.last_mut() {
-            nodes.push(node);
+        if let Some(Some(recording)) = c.last_mut() {
+            recording.nodes.push(node);
         }
     });
     outputs
@@ -209,26 +222,32 @@ fn put(grads: &mut Gradients, id: VarId, dtype: DType, grad: Tensor, sum: SumInt
 /// Records ops so that they can be differentiated. Make one with [`crate::ops::tape`].
 pub struct Tape {
     sum: SumInto,
-    nodes: RefCell<Vec<Node>>,
+    recording: RefCell<Recording>,
 }
 
 impl Tape {
     /// An empty tape whose gradients `sum` adds up.
     pub fn new(sum: SumInto) -> Self {
-        Self { sum, nodes: RefCell::default() }
+        Self { sum, recording: RefCell::default() }
+    }
+    /// This tape, saving values even where computing them again is cheap ([`super::compute_again`]): more memory, and the
+    /// time that backward then does not spend on them.
+    pub fn saving_all(self) -> Self {
+        self.recording.borrow_mut().save_all = true;
+        self
     }
     /// Run `f`, recording what it does. May be called again: the tape grows.
     pub fn record<R>(&self, f: impl FnOnce() -> R) -> R {
-        let scope = Scope::enter(Some(self.nodes.take()));
+        let scope = Scope::enter(Some(self.recording.take()));
         let r = f();
-        if let Some(nodes) = scope.leave() {
-            self.nodes.replace(nodes);
+        if let Some(recording) = scope.leave() {
+            self.recording.replace(recording);
         }
         r
     }
     /// Number of recorded nodes.
     pub fn len(&self) -> usize {
-        self.nodes.borrow().len()
+        self.recording.borrow().nodes.len()
     }
     /// True when nothing is recorded.
     pub fn is_empty(&self) -> bool {
@@ -236,7 +255,7 @@ impl Tape {
     }
     /// The names of the recorded ops, in order: a trace to study.
     pub fn trace(&self) -> Vec<&'static str> {
-        self.nodes.borrow().iter().map(|n| n.op).collect()
+        self.recording.borrow().nodes.iter().map(|n| n.op).collect()
     }
     /// Add `seed * d(output)/d(leaf)` to `grads` for every leaf. Consumes the tape, freeing node after node.
     /// `output` is mostly a scalar loss; for other shapes the gradient of its sum is taken.
@@ -249,7 +268,7 @@ impl Tape {
     /// After an error (no memory left, say) `grads` holds no gradient of an activation, but those of leaves may be partly
     /// summed or gone: clear them.
     pub fn backward_from(self, outputs: &[(&Var, Tensor)], grads: &mut Gradients) -> Result<()> {
-        let mut nodes = self.nodes.into_inner();
+        let mut nodes = self.recording.into_inner().nodes;
         let produced: HashSet<VarId> = nodes.iter().flat_map(|n| n.outputs.iter().copied()).collect();
         for (v, g) in outputs {
             let id = v.id.ok_or_else(|| {

@@ -69,6 +69,15 @@ fn about(device: Device) -> Result<(Option<String>, Option<u32>, Option<String>)
     }
 }
 
+/// What device memory was for at its peak, in bytes; empty on the CPU, which does not count that.
+pub(super) fn held_at_peak(device: Device) -> Vec<(&'static str, usize)> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(n) => crate::cuda::gpu(n).map_or(vec![], |gpu| gpu.memory_stats().at_peak),
+        _ => vec![],
+    }
+}
+
 fn cpu_name() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':'));

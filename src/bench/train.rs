@@ -1,10 +1,11 @@
 //! `felid bench train`: the whole training step (forward, backward, clip, AdamW), and a peer's beside it.
 
+use super::machine::held_at_peak;
 use super::{Flops, Machine, Spread, peer_output, training_flops};
-use crate::autograd::Gradients;
+use crate::autograd::{Gradients, Tape};
 use crate::data::Batch;
 use crate::model::{Cat, ForwardOptions, ModelConfig};
-use crate::ops::AdamWSettings;
+use crate::ops::{self, AdamWSettings};
 use crate::random;
 use crate::tensor::{DType, Device, Tensor};
 use crate::train::{MAX_BATCH, Optimizer, micro_step, prepare};
@@ -29,8 +30,10 @@ pub struct TrainBench {
     pub warmup: usize,
     /// Of weights and activations; 16-bit weights get f32 masters.
     pub dtype: DType,
-    /// Compute activations again in backward.
+    /// Compute whole blocks again in backward.
     pub recompute: bool,
+    /// Save what backward would compute again because it is cheap.
+    pub save_all: bool,
 }
 
 /// One chunk size.
@@ -48,6 +51,10 @@ pub struct TrainRow {
     pub share_of_ceiling: f64,
     /// Most bytes that tensors held at once since the process began.
     pub peak_bytes: usize,
+    /// What these were for, where the device counts that.
+    pub held_at_peak: Vec<(&'static str, usize)>,
+    /// Bytes that forward leaves for backward: activations, and gradients that it has computed already.
+    pub saved_bytes: usize,
     /// The peer's time over ours: above 1 is faster than the peer.
     pub speedup_over_peer: Option<f64>,
 }
@@ -94,12 +101,14 @@ pub fn bench_train(settings: TrainBench, device: Device, peer: Option<(String, V
     let (mut step, mut rows) = (0, Vec::new());
     for &chunk in &settings.chunk_sizes {
         let chunk_size = config.chunk_size.map(|_| chunk);
+        let options = ForwardOptions { chunk_size, recompute: settings.recompute };
+        let saved_bytes = saved_bytes(tape(&settings), &model, &random_batch(&settings, config.vocab_size, step)?, options)?;
         let mut seconds = Vec::with_capacity(settings.steps);
         for i in 0..settings.warmup + settings.steps {
             let batch = random_batch(&settings, config.vocab_size, step)?;
             let start = Instant::now();
             step += 1;
-            micro_step(&model, &batch, ForwardOptions { chunk_size, recompute: settings.recompute }, 1.0, &mut grads)?;
+            micro_step(tape(&settings), &model, &batch, options, 1.0, &mut grads)?;
             optimizer.step(&mut model, &mut grads, step, &h, 1.0)?;
             if i >= settings.warmup {
                 seconds.push(start.elapsed().as_secs_f64());
@@ -115,10 +124,24 @@ pub fn bench_train(settings: TrainBench, device: Device, peer: Option<(String, V
             flops,
             share_of_ceiling: flops.needed / (spread.median_ms / 1e3) / machine.matmul_flops_per_s,
             peak_bytes: device.memory_stats().peak,
+            held_at_peak: held_at_peak(device),
+            saved_bytes,
             speedup_over_peer: peer.as_ref().and_then(of_peer).map(|ms| ms / spread.median_ms),
         });
     }
     Ok(TrainBenchReport { machine, settings, rows, peer })
+}
+
+fn tape(s: &TrainBench) -> Tape {
+    if s.save_all { ops::tape().saving_all() } else { ops::tape() }
+}
+
+/// What a forward pass leaves behind, the loss itself included.
+fn saved_bytes(tape: Tape, model: &Cat, batch: &Batch, options: ForwardOptions) -> Result<usize> {
+    let held = || model.device().memory_stats().current;
+    let before = held();
+    let _loss = tape.record(|| model.loss(&batch.input_ids, &batch.labels, options))?;
+    Ok(held().saturating_sub(before))
 }
 
 fn random_batch(s: &TrainBench, vocab: usize, step: u64) -> Result<Batch> {

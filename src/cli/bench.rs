@@ -79,9 +79,12 @@ struct Train {
     /// Steps before those
     #[arg(long, default_value_t = 3)]
     warmup: usize,
-    /// Compute activations again in backward
+    /// Compute whole blocks again in backward
     #[arg(long)]
     recompute: bool,
+    /// Save what backward would compute again because it is cheap
+    #[arg(long)]
+    save_all: bool,
     #[command(flatten)]
     output: Output,
 }
@@ -186,21 +189,25 @@ impl Train {
             warmup: self.warmup,
             dtype: self.output.dtype,
             recompute: self.recompute,
+            save_all: self.save_all,
         };
         self.output.show(&bench_train(settings, device, peer)?, |report| {
             heading(&report.settings.preset, &report.machine)?;
-            print::line("   C  median ms (p10..p90)    Ktok/s  of ceiling  x peer      peak")?;
+            print::line("   C  median ms (p10..p90)    Ktok/s  of ceiling  x peer      peak     saved  at the peak")?;
             for r in &report.rows {
+                let held: Vec<_> = r.held_at_peak.iter().map(|(name, n)| format!("{name} {}", print::bytes(*n))).collect();
                 let ratio = r.speedup_over_peer.map_or("-".into(), |x| format!("{x:.2}"));
                 print::line(&format!(
-                    "{:>4}  {:>8.1} ({:.0}..{:.0})  {:>10.2}  {:>9.0}%  {ratio:>6}  {:>8}",
+                    "{:>4}  {:>8.1} ({:.0}..{:.0})  {:>10.2}  {:>9.0}%  {ratio:>6}  {:>8}  {:>8}  {}",
                     r.chunk_size,
                     r.step.median_ms,
                     r.step.p10_ms,
                     r.step.p90_ms,
                     r.ktokens_per_s,
                     100.0 * r.share_of_ceiling,
-                    print::bytes(r.peak_bytes)
+                    print::bytes(r.peak_bytes),
+                    print::bytes(r.saved_bytes),
+                    if held.is_empty() { "-".into() } else { held.join(", ") }
                 ))?;
             }
             Ok(())

@@ -73,11 +73,13 @@ pub fn attention(q: &Var, k: &Var, v: &Var, mask: Mask, scale: f64) -> Result<Va
     check(qv, kv, vv, mask)?;
     let (qv, kv, vv) = (qv.dense_rows()?, kv.dense_rows()?, vv.dense_rows()?);
     let (y, lse) = on_device!(qv.device(), attention::forward(&qv, &kv, &vv, mask, scale))?;
-    let saved = y.clone();
+    let (y_saved, saved) = (y.clone(), [q.save_as(qv), k.save_as(kv), v.save_as(vv)]);
     Ok(record_one("attention", &[q, k, v], y, move |flow| {
         let dy = flow.output()?.dense_rows()?;
-        same_dtype("attention", &[&qv, &dy])?;
-        let grads = on_device!(dy.device(), attention::backward(&qv, &kv, &vv, &saved, &lse, &dy, mask, scale))?;
+        let [q, k, v] = saved.map(|s| s.take()?.dense_rows());
+        let (q, k, v) = (q?, k?, v?);
+        same_dtype("attention", &[&q, &dy])?;
+        let grads = on_device!(dy.device(), attention::backward(&q, &k, &v, &y_saved, &lse, &dy, mask, scale))?;
         for (i, grad) in grads.into_iter().enumerate() {
             flow.give(i, grad)?;
         }

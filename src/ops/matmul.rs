@@ -1,7 +1,7 @@
 //! Matrix products: `linear` (the layout of weights in checkpoints) and batched `matmul`.
 
 use super::elementwise::{broadcast_shape, same_dtype};
-use crate::autograd::{Var, record_one};
+use crate::autograd::{Saved, Var, record_one};
 use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
 
@@ -31,11 +31,13 @@ pub fn linear(x: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
     };
     let y = gemm(&x2, &w.transpose(0, 1)?, start, w.dtype())?.reshape(&shape)?;
     let (w, x_shape) = (w.clone(), xv.shape().to_vec());
+    let saved = weight.has_gradient().then(|| x.save_as(x2));
     let mut inputs = vec![x, weight];
     inputs.extend(bias);
     Ok(record_one("linear", &inputs, y, move |flow| {
         let dy = flow.output()?.reshape(&[rows, o])?;
-        if let Some(dtype) = flow.gradient_dtype(1) {
+        if let (Some(dtype), Some(saved)) = (flow.gradient_dtype(1), saved) {
+            let x2 = saved.take()?.reshape(&[rows, i])?;
             let sum = flow.take_sum(1);
             flow.put(1, gemm(&dy.transpose(0, 1)?, &x2, sum, dtype)?);
         }
@@ -54,16 +56,19 @@ pub fn linear(x: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
 /// Backward: `da = dy b^T`, `db = a^T dy`, summed over broadcast dimensions.
 pub fn matmul(a: &Var, b: &Var) -> Result<Var> {
     let y = matmul_tensor(a.value(), b.value())?;
-    let (av, bv) = (a.value().clone(), b.value().clone());
+    let shapes = [a.shape().to_vec(), b.shape().to_vec()];
+    let (for_b, for_a) = (b.has_gradient().then(|| a.save()), a.has_gradient().then(|| b.save()));
+    let turned = |saved: Saved| {
+        let t = saved.take()?;
+        t.transpose(t.rank() - 2, t.rank() - 1)
+    };
     Ok(record_one("matmul", &[a, b], y, move |flow| {
         let dy = flow.output()?;
-        if flow.wants(0) {
-            let da = matmul_tensor(&dy, &bv.transpose(bv.rank() - 2, bv.rank() - 1)?)?;
-            flow.give(0, super::reduce::sum_to(&da, av.shape())?)?;
+        if let Some(b) = for_a {
+            flow.give(0, super::reduce::sum_to(&matmul_tensor(&dy, &turned(b)?)?, &shapes[0])?)?;
         }
-        if flow.wants(1) {
-            let db = matmul_tensor(&av.transpose(av.rank() - 2, av.rank() - 1)?, &dy)?;
-            flow.give(1, super::reduce::sum_to(&db, bv.shape())?)?;
+        if let Some(a) = for_b {
+            flow.give(1, super::reduce::sum_to(&matmul_tensor(&turned(a)?, &dy)?, &shapes[1])?)?;
         }
         Ok(())
     }))

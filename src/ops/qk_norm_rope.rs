@@ -9,7 +9,7 @@
 
 use super::RopeTable;
 use super::elementwise::same_dtype;
-use crate::autograd::{Var, record};
+use crate::autograd::{Var, compute_again, record};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -57,7 +57,7 @@ pub(crate) struct Heads {
 /// `[B, Hkv, L, d]`: q and k normed, where norms are given, and turned by `table` (L positions, n <= d).
 ///
 /// All three lie in memory as `[B, L, heads, d]`: q and k in one new buffer, v where it is, as a view of joint. Saves joint
-/// and `1/rms`; without norms nothing but v's view.
+/// (of which v's saver keeps all anyway) and, with norms, `1/rms`; q and k are computed again where backward needs them.
 pub fn qk_norm_rope(
     joint: &Var,
     heads: usize,
@@ -75,16 +75,19 @@ pub fn qk_norm_rope(
         Some(n) => Some(Weights { q: n.q.value().contiguous()?, k: n.k.value().contiguous()?, eps: n.eps }),
     };
     let (y, rstd) = on_device!(x.device(), qk_norm_rope::forward(&x, heads, weights.as_ref(), table))?;
-    // `heads` heads of every row of t from element `from` on, [B, heads, L, d]
-    let view = |t: &Tensor, from: usize, heads: usize| {
-        t.narrow(2, from * d, heads * d)?.reshape(&[b, l, heads, d])?.permute(&[0, 2, 1, 3])
+    // `n` heads of every row of t from element `from` on, [B, n, L, d]
+    let view = move |t: &Tensor, from: usize, n: usize| {
+        t.narrow(2, from * d, n * d)?.reshape(&[b, l, n, d])?.permute(&[0, 2, 1, 3])
     };
-    let outputs = vec![view(&y, 0, heads.q)?, view(&y, heads.q, heads.kv)?, view(&x, turned, heads.kv)?];
+    let of_turned = move |y: &Tensor| Ok(vec![view(y, 0, heads.q)?, view(y, heads.q, heads.kv)?]);
+    let mut outputs: Vec<Tensor> = of_turned(&y)?;
+    outputs.push(view(&x, turned, heads.kv)?);
+    let (x_again, weights_again, table_again) = (x.clone(), weights.clone(), table.clone());
     let shapes = [heads.q, heads.kv, heads.kv].map(|h| [b, h, l, d]);
     let (dtype, device, table) = (x.dtype(), x.device(), table.clone());
     let raw = weights.zip(rstd).map(|(weights, rstd)| Raw { x, rstd, weights });
     let inputs: Vec<&Var> = [joint].into_iter().chain(norm.into_iter().flat_map(|n| [n.q, n.k])).collect();
-    let vars = record(OP, &inputs, outputs, move |flow| {
+    let mut vars = record(OP, &inputs, outputs, move |flow| {
         let mut grads = Vec::with_capacity(3);
         for (i, shape) in shapes.iter().enumerate() {
             let dy = flow.output_at(i).map_or_else(|| Tensor::full(0.0, shape, dtype, device), Ok)?;
@@ -101,6 +104,10 @@ pub fn qk_norm_rope(
             flow.put(i, dw);
         }
         Ok(())
+    });
+    compute_again(&mut vars[..2], move || {
+        let (x, weights, table) = (&x_again, weights_again.as_ref(), &table_again);
+        of_turned(&on_device!(x.device(), qk_norm_rope::forward(x, heads, weights, table))?.0)
     });
     <[Var; 3]>::try_from(vars).map_err(|v| Error::shape(OP, format!("{} outputs instead of 3", v.len())))
 }

@@ -5,13 +5,13 @@
 //! Backward, with `g = dy * w` and `m = mean(g * x) * rstd^2`: `dx = rstd * (g - x * m)`, `dw = sum over rows of dy * x * rstd`.
 
 use super::elementwise::same_dtype;
-use crate::autograd::{Flow, Var, record};
+use crate::autograd::{Flow, Var, compute_again, record};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 /// `y = rms_norm(x) * weight` over the last dimension: x `[.., D]` (rows of any stride), weight `[D]`, y like x.
 ///
-/// Saves x and `1/rms` (one accumulator a row).
+/// Saves x and `1/rms` (one accumulator a row), from which y is computed again where backward needs it.
 pub fn rms_norm(x: &Var, weight: &Var, eps: f64) -> Result<Var> {
     Ok(forward("rms_norm", x, None, weight, eps)?.0)
 }
@@ -41,6 +41,7 @@ fn forward(op: &'static str, x: &Var, residual: Option<&Var>, weight: &Var, eps:
     }
     let out = on_device!(xv.device(), rms_norm::forward(xv, residual.map(Var::value), w, eps))?;
     let (h, rstd, wv) = (out.h.clone().unwrap_or_else(|| xv.clone()), out.rstd, w.clone());
+    let (h_again, w_again) = (h.clone(), w.clone());
     let backward = move |flow: &mut Flow, dh: Option<Tensor>, weight_at: usize| -> Result<Option<Tensor>> {
         let Some(dy) = flow.output_at(0) else { return Ok(dh) };
         let dtype = flow.gradient_dtype(weight_at).unwrap_or(wv.dtype());
@@ -52,7 +53,7 @@ fn forward(op: &'static str, x: &Var, residual: Option<&Var>, weight: &Var, eps:
         flow.put(weight_at, dw);
         Ok(Some(dx))
     };
-    let vars = match (residual, out.h) {
+    let mut vars = match (residual, out.h) {
         (Some(residual), Some(h)) => record(op, &[x, residual, weight], vec![out.y, h], move |flow| {
             let dh = flow.output_at(1);
             if let Some(dx) = backward(flow, dh, 2)? {
@@ -66,6 +67,10 @@ fn forward(op: &'static str, x: &Var, residual: Option<&Var>, weight: &Var, eps:
             None => Ok(()),
         }),
     };
+    // after the add, y is the norm of h alone: the sum was rounded before it was normed
+    compute_again(&mut vars[..1], move || {
+        Ok(vec![on_device!(h_again.device(), rms_norm::forward(&h_again, None, &w_again, eps))?.y])
+    });
     let mut vars = vars.into_iter();
     match vars.next() {
         Some(y) => Ok((y, vars.next())),

@@ -4,52 +4,61 @@ use crate::Result;
 use crate::autograd::{Var, record, record_one};
 use crate::tensor::Tensor;
 
-fn view(op: &'static str, x: &Var, y: Tensor, back: impl FnOnce(Tensor) -> Result<Tensor> + Send + 'static) -> Var {
-    record_one(op, &[x], y, move |flow| {
+/// `form` of x; `back` turns the gradient back. Where x can be computed again, so can this.
+fn view(
+    op: &'static str,
+    x: &Var,
+    form: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+    back: impl FnOnce(Tensor) -> Result<Tensor> + Send + 'static,
+) -> Result<Var> {
+    let y = record_one(op, &[x], form(x.value())?, move |flow| {
         let dy = flow.output()?;
         flow.give(0, back(dy)?)
-    })
+    });
+    Ok(y.viewing(x, form))
 }
 
 /// Another shape with as many elements.
 pub fn reshape(x: &Var, shape: &[usize]) -> Result<Var> {
-    let old = x.shape().to_vec();
-    Ok(view("reshape", x, x.value().reshape(shape)?, move |dy| dy.reshape(&old)))
+    let (old, new) = (x.shape().to_vec(), shape.to_vec());
+    view("reshape", x, move |x| x.reshape(&new), move |dy| dy.reshape(&old))
 }
 
 /// Dimensions in another order: output dimension i is input dimension `dims[i]`.
 pub fn permute(x: &Var, dims: &[usize]) -> Result<Var> {
-    let y = x.value().permute(dims)?;
+    let dims = dims.to_vec();
     let mut inverse = vec![0; dims.len()];
     for (i, &d) in dims.iter().enumerate() {
-        inverse[d] = i;
+        if let Some(to) = inverse.get_mut(d) {
+            *to = i;
+        }
     }
-    Ok(view("permute", x, y, move |dy| dy.permute(&inverse)))
+    view("permute", x, move |x| x.permute(&dims), move |dy| dy.permute(&inverse))
 }
 
 /// Swap two dimensions.
 pub fn transpose(x: &Var, a: usize, b: usize) -> Result<Var> {
-    Ok(view("transpose", x, x.value().transpose(a, b)?, move |dy| dy.transpose(a, b)))
+    view("transpose", x, move |x| x.transpose(a, b), move |dy| dy.transpose(a, b))
 }
 
 /// Broadcast to `shape`; backward sums over the repeated dimensions.
 pub fn expand(x: &Var, shape: &[usize]) -> Result<Var> {
-    let old = x.shape().to_vec();
-    Ok(view("expand", x, x.value().expand(shape)?, move |dy| super::reduce::sum_to(&dy, &old)))
+    let (old, new) = (x.shape().to_vec(), shape.to_vec());
+    view("expand", x, move |x| x.expand(&new), move |dy| super::reduce::sum_to(&dy, &old))
 }
 
 /// Elements `start..start+len` along `dim`; backward pads with zeros.
 pub fn narrow(x: &Var, dim: usize, start: usize, len: usize) -> Result<Var> {
-    let y = x.value().narrow(dim, start, len)?;
     let shape = x.shape().to_vec();
-    Ok(view("narrow", x, y, move |dy| {
+    let back = move |dy: Tensor| {
         let zeros = |n: usize| {
             let mut s = shape.clone();
             s[dim] = n;
             Tensor::full(0.0, &s, dy.dtype(), dy.device())
         };
         super::concat::concat_tensors(&[&zeros(start)?, &dy, &zeros(shape[dim] - start - len)?], dim)
-    }))
+    };
+    view("narrow", x, move |x| x.narrow(dim, start, len), back)
 }
 
 /// Pieces of the given sizes along `dim`. Backward joins the pieces' gradients in one copy, where narrowing each would
@@ -70,5 +79,5 @@ pub fn split(x: &Var, dim: usize, sizes: &[usize]) -> Result<Vec<Var>> {
 
 /// A copy in row-major order where x is not in it already; the gradient passes unchanged.
 pub fn contiguous(x: &Var) -> Result<Var> {
-    Ok(view("contiguous", x, x.value().contiguous()?, Ok))
+    view("contiguous", x, Tensor::contiguous, Ok)
 }

@@ -256,10 +256,14 @@ impl Tensor {
     }
     /// Copy first if the storage is shared or the elements are strided: afterwards this tensor may be written.
     pub(crate) fn make_owner(&mut self) -> Result<()> {
-        if !self.is_contiguous() || Arc::get_mut(&mut self.storage).is_none() {
+        if !self.is_owner() {
             *self = self.copy()?;
         }
         Ok(())
+    }
+    /// True when the elements lie without gaps in storage that no other tensor has a share in.
+    pub(crate) fn is_owner(&self) -> bool {
+        self.is_contiguous() && Arc::strong_count(&self.storage) == 1
     }
     /// The elements in row-major order, in main memory.
     fn on_host(&self) -> Result<Self> {

@@ -2,7 +2,7 @@
 
 use super::config::{Task, TrainConfig};
 use super::optimizer::Optimizer;
-use crate::autograd::{Gradients, Var};
+use crate::autograd::{Gradients, Tape, Var};
 use crate::data::{Batch, BatchSampler, Dataset, Mqar, Tokenizer, Windows};
 use crate::eval::{self, Quality};
 use crate::model::{Cat, ForwardOptions};
@@ -154,7 +154,8 @@ impl Trainer {
             let chunk_size = self.round[(i % self.round.len() as u64) as usize];
             let batch = self.source.batch(i, c.batch_size)?;
             let options = ForwardOptions { chunk_size, recompute: c.recompute };
-            loss += micro_step(&self.model, &batch, options, 1.0 / accum as f64, &mut self.grads)? / accum as f64;
+            loss +=
+                micro_step(ops::tape(), &self.model, &batch, options, 1.0 / accum as f64, &mut self.grads)? / accum as f64;
             chunk_sizes.extend(chunk_size);
         }
         if loss.is_finite() {
@@ -205,13 +206,13 @@ impl Trainer {
 
 /// Forward and backward of one micro-batch: adds `weight` times the gradient to `grads`, returns the loss.
 pub(crate) fn micro_step(
+    tape: Tape,
     model: &Cat,
     batch: &Batch,
     options: ForwardOptions,
     weight: f64,
     grads: &mut Gradients,
 ) -> Result<f64> {
-    let tape = ops::tape();
     let (ids, labels): (&Tensor, &Tensor) = (&batch.input_ids, &batch.labels);
     let loss = tape.record(|| model.loss(ids, labels, options))?;
     tape.backward(&loss, weight, grads)?;

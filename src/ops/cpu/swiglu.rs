@@ -27,7 +27,7 @@ pub(crate) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 }
 
 /// `(dgate, dup)`.
-pub(crate) fn backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+pub(crate) fn backward(gate: Tensor, up: Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
     with_float!(gate.dtype(), "swiglu", T => {
         type A = <T as Float>::Acc;
         let (gate, up, dy) = (gate.dense_rows()?, up.dense_rows()?, dy.dense_rows()?);

@@ -38,16 +38,17 @@ pub(crate) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok(y)
 }
 
-/// `(dgate, dup)`.
-pub(crate) fn backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
-    let mut dgate = Tensor::empty(gate.shape(), gate.dtype(), gate.device())?;
-    let mut dup = Tensor::empty(gate.shape(), gate.dtype(), gate.device())?;
-    let [g, u, dy] = flat([gate, up, dy])?;
+/// `(dgate, dup)`: in the place of gate and up where nobody else has these.
+pub(crate) fn backward(gate: Tensor, up: Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+    let in_place = gate.is_owner() && up.is_owner();
+    let place = |t: &Tensor| if in_place { Ok(t.clone()) } else { Tensor::empty(t.shape(), t.dtype(), t.device()) };
+    let (dgate, dup) = (place(&gate)?, place(&up)?);
+    let [g, u, dy] = flat([&gate, &up, dy])?;
     let (rows, width, parts, grid) = sizes(&g);
     let variant = variant(OP, &[&g, &u, &dy])?;
     let args = [
-        dgate.write()?,
-        dup.write()?,
+        dgate.read()?,
+        dup.read()?,
         g.read()?,
         u.read()?,
         dy.read()?,
@@ -59,7 +60,8 @@ pub(crate) fn backward(gate: &Tensor, up: &Tensor, dy: &Tensor) -> Result<(Tenso
         parts.into(),
     ];
     // SAFETY: the parameters are (dgate, dup, gate, up, dy, rows of gate, of up, of dy, rows, width, parts of a row); dgate
-    // and dup are new and hold rows x width elements; the views' rows lie inside their tensors.
+    // and dup hold rows x width elements, and are new, or gate and up of whom nobody else knows: a thread has read what it
+    // writes over; the views' rows lie inside their tensors.
     unsafe { g.gpu()?.launch(kernel::swiglu_backward, variant, grid, &args)? };
     Ok((dgate, dup))
 }
