@@ -1,6 +1,6 @@
 //! Training: resuming, threads, memory, refusals.
 
-use felid::tensor::memory_stats;
+use felid::tensor::{Device, Tensor, memory_stats};
 use felid::train::{TrainConfig, Trainer};
 use std::path::Path;
 
@@ -75,6 +75,27 @@ fn it_learns_and_memory_stays_flat() {
     assert_eq!(before, 2, "one quality for each of C 4 and 8");
     // other tests of this process hold tensors too; what one step needs is far below this
     assert!(memory_stats().current < held + (64 << 20));
+}
+
+/// The loss is read when the step is under way already: that must not cost the weights.
+#[test]
+fn a_loss_that_is_not_finite_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    for more in ["", "dtype = 'bf16'", "grad_accum = 2"] {
+        let mut t = run(Trainer::new(config(dir.path(), more)).unwrap(), 1);
+        let output = t.model.params_mut().pop().unwrap();
+        let shape = output.shape().to_vec();
+        let huge = Tensor::full(1e38, &shape, output.dtype(), Device::Cpu).unwrap().contiguous().unwrap();
+        let sane = std::mem::replace(output.value_mut(), huge);
+        let before = weights(&t);
+        let e = t.step().unwrap_err().to_string();
+        assert!(e.contains("the loss of step 2"), "{e}");
+        assert_eq!((weights(&t), t.steps_done()), (before, 1));
+        *t.model.params_mut().pop().unwrap().value_mut() = sane;
+        let loss = t.step().unwrap().loss;
+        let undisturbed = run(Trainer::new(config(dir.path(), more)).unwrap(), 1).step().unwrap().loss;
+        assert_eq!(loss, undisturbed, "moments, and the place in the data, are as they were");
+    }
 }
 
 #[test]

@@ -46,6 +46,17 @@ impl Optimizer {
         settings: &AdamWSettings,
         clip: f64,
     ) -> Result<f64> {
+        accepted(step, self.submit(model, grads, step, settings, clip)?.item()?)
+    }
+    /// As [`Optimizer::step`] without waiting for it: the norm as a scalar on the device.
+    pub(crate) fn submit(
+        &mut self,
+        model: &mut Cat,
+        grads: &mut Gradients,
+        step: u64,
+        settings: &AdamWSettings,
+        clip: f64,
+    ) -> Result<Tensor> {
         let mut params = model.params_mut();
         let taken: Vec<Option<Tensor>> = params.iter().map(|p| grads.take(&p.var)).collect();
         let mut masters = self.master.iter_mut().map(Some).chain(std::iter::repeat_with(|| None));
@@ -57,11 +68,15 @@ impl Optimizer {
             let weight_decay = if p.shape().len() > 1 { settings.weight_decay } else { 0.0 };
             all.push(AdamWParam { param: p.value_mut(), grad, m, v, master, weight_decay });
         }
-        let norm = ops::adamw(&mut all, step, settings, clip)?.item()?;
-        if !norm.is_finite() {
-            let detail = format!("the gradient of step {step} is not finite: lower the rate, or look at the data");
-            return Err(Error::gradient("adamw", detail));
-        }
-        Ok(norm)
+        ops::adamw(&mut all, step, settings, clip)
     }
+}
+
+/// The norm of a step; an error if it is one that refused the step.
+pub(super) fn accepted(step: u64, norm: f64) -> Result<f64> {
+    if norm.is_finite() {
+        return Ok(norm);
+    }
+    let detail = format!("the gradient of step {step} is not finite: lower the rate, or look at the data");
+    Err(Error::gradient("adamw", detail))
 }

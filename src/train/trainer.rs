@@ -1,8 +1,8 @@
 //! One run: model, optimizer, data, and where it stands.
 
 use super::config::{Task, TrainConfig};
-use super::optimizer::Optimizer;
-use crate::autograd::{Gradients, Tape, Var};
+use super::optimizer::{Optimizer, accepted};
+use crate::autograd::{Gradients, Tape, Var, no_grad};
 use crate::data::{Batch, BatchSampler, Dataset, Mqar, Tokenizer, Windows};
 use crate::eval::{self, Quality};
 use crate::model::{Cat, ForwardOptions};
@@ -128,12 +128,19 @@ impl Trainer {
     /// One optimizer step. An error leaves weights, moments and step as they were.
     pub fn step(&mut self) -> Result<StepReport> {
         let start = Instant::now();
-        let done = self.micro_batches().and_then(|(loss, chunk_sizes)| Ok((loss, chunk_sizes, self.update()?)));
+        let submitted = self.micro_batches().and_then(|(losses, chunk_sizes)| Ok((losses, chunk_sizes, self.update()?)));
         // whatever an error left behind must not count in the next step
         self.grads.clear();
-        let (loss, chunk_sizes, (lr, grad_norm)) = done?;
-        self.step += 1;
+        let (losses, chunk_sizes, (lr, norm)) = submitted?;
+        // all of the step is under way: only now is it waited for
         let c = &self.config;
+        let loss = losses.iter().map(|l| Ok(l.item()? / c.grad_accum as f64)).sum::<Result<f64>>()?;
+        if !loss.is_finite() {
+            let detail = format!("the loss of step {} is {loss}: lower the rate, or look at the data", self.step + 1);
+            return Err(Error::gradient("train", detail));
+        }
+        let grad_norm = accepted(self.step + 1, norm.item()?)?;
+        self.step += 1;
         let tokens = (c.batch_size * c.seq_len * c.grad_accum) as f64;
         Ok(StepReport {
             step: self.step,
@@ -145,31 +152,26 @@ impl Trainer {
             memory: self.model.device().memory_stats().peak,
         })
     }
-    /// Gradients of the step's micro-batches, averaged; returns their mean loss and their chunk sizes.
-    fn micro_batches(&mut self) -> Result<(f64, Vec<usize>)> {
+    /// Gradients of the step's micro-batches, averaged; returns their losses, on the device, and their chunk sizes.
+    fn micro_batches(&mut self) -> Result<(Vec<Tensor>, Vec<usize>)> {
         let c = &self.config;
         let (accum, first) = (c.grad_accum as u64, self.micro_steps());
-        let (mut loss, mut chunk_sizes) = (0.0, Vec::new());
+        let (mut losses, mut chunk_sizes) = (Vec::new(), Vec::new());
         for i in first..first + accum {
             let chunk_size = self.round[(i % self.round.len() as u64) as usize];
             let batch = self.source.batch(i, c.batch_size)?;
             let options = ForwardOptions { chunk_size, recompute: c.recompute };
-            loss +=
-                micro_step(ops::tape(), &self.model, &batch, options, 1.0 / accum as f64, &mut self.grads)? / accum as f64;
+            losses.push(micro_step(ops::tape(), &self.model, &batch, options, 1.0 / accum as f64, &mut self.grads)?);
             chunk_sizes.extend(chunk_size);
         }
-        if loss.is_finite() {
-            return Ok((loss, chunk_sizes));
-        }
-        let detail = format!("the loss of step {} is {loss}: lower the rate, or look at the data", self.step + 1);
-        Err(Error::gradient("train", detail))
+        Ok((losses, chunk_sizes))
     }
-    /// The optimizer's part of a step: its rate, and the norm of the gradient.
-    fn update(&mut self) -> Result<(f64, f64)> {
+    /// The optimizer's part of a step: its rate, and the norm of the gradient, on the device.
+    fn update(&mut self) -> Result<(f64, Tensor)> {
         let c = &self.config;
         let lr = c.rate(self.step);
         let settings = AdamWSettings { lr, beta1: c.beta1, beta2: c.beta2, eps: c.eps, weight_decay: c.weight_decay };
-        let norm = self.optimizer.step(&mut self.model, &mut self.grads, self.step + 1, &settings, c.clip)?;
+        let norm = self.optimizer.submit(&mut self.model, &mut self.grads, self.step + 1, &settings, c.clip)?;
         Ok((lr, norm))
     }
 
@@ -204,7 +206,8 @@ impl Trainer {
     }
 }
 
-/// Forward and backward of one micro-batch: adds `weight` times the gradient to `grads`, returns the loss.
+/// Forward and backward of one micro-batch: adds `weight` times the gradient to `grads`, returns the loss, a scalar on the
+/// device. Nothing waits for the device. Where the loss is not finite, neither is the gradient, so the optimizer will refuse it.
 pub(crate) fn micro_step(
     tape: Tape,
     model: &Cat,
@@ -212,9 +215,12 @@ pub(crate) fn micro_step(
     options: ForwardOptions,
     weight: f64,
     grads: &mut Gradients,
-) -> Result<f64> {
+) -> Result<Tensor> {
     let (ids, labels): (&Tensor, &Tensor) = (&batch.input_ids, &batch.labels);
     let loss = tape.record(|| model.loss(ids, labels, options))?;
-    tape.backward(&loss, weight, grads)?;
-    loss.value().item()
+    // weight + 0 loss: the weight, in every bit, or not a number
+    let weight = Tensor::full(weight, loss.shape(), loss.dtype(), loss.value().device())?;
+    let seed = no_grad(|| ops::add(&ops::scale(&loss, 0.0)?, &weight.into()))?;
+    tape.backward_from(&[(&loss, seed.into_value())], grads)?;
+    Ok(loss.into_value())
 }
