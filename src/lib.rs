@@ -78,6 +78,7 @@ pub mod generate;
 pub mod memory;
 pub mod model;
 pub mod ops;
+mod profile;
 pub mod random;
 pub mod tensor;
 pub mod train;

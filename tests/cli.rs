@@ -230,6 +230,29 @@ fn bytes_for_a_larger_vocabulary_are_remarked_on() {
 }
 
 #[test]
+fn a_profile_accounts_for_the_step() {
+    let run = |more: &[&str]| {
+        let common = ["bench", "train", "--preset", "nano", "--chunk-sizes", "8", "--steps", "1", "--profile"];
+        let out = felid(&[&common[..], more].concat());
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let report: serde_json::Value = serde_json::from_str(&run(&["--json"])).unwrap();
+    let profile = &report["rows"][0]["profile"];
+    let ops = profile["ops"].as_array().unwrap();
+    let sum = |key: &str| ops.iter().map(|op| op[key].as_f64().unwrap()).sum::<f64>();
+    let (total, busy) = (profile["total_ms"].as_f64().unwrap(), profile["busy_ms"].as_f64().unwrap());
+    assert!(busy <= total && (sum("ms") - busy).abs() < 1e-6 * busy && (sum("share") - 1.0).abs() < 1e-6);
+    let calls = |name: &str| ops.iter().find(|op| op["op"] == name).map_or(0, |op| op["calls"].as_u64().unwrap());
+    // four layers in the decoder and one in the compressor: a norm before each half, and one after each stack, of which the
+    // loss does not keep the decoder's
+    assert_eq!((calls("rms_norm::forward"), calls("rms_norm::backward"), calls("swiglu::backward")), (12, 12, 5));
+    assert_eq!((calls("rms_norm::forward (again)"), calls("swiglu::forward (again)")), (11, 5));
+    let table = run(&[]);
+    assert!(table.contains("one step at C 8") && table.contains("matmul::gemm"), "{table}");
+}
+
+#[test]
 fn help_doctor_and_start_up() {
     for command in ["train", "generate", "logits", "parity", "convert", "tokenize", "bench", "doctor"] {
         assert!(felid(&[command, "--help"]).status.success(), "{command}");

@@ -9,6 +9,7 @@ mod devices;
 
 use agree::{FLOATS, agrees, agrees_with, one, wave};
 use felid::autograd::Var;
+use felid::bench::profile;
 use felid::cuda::gpu;
 use felid::ops;
 use felid::tensor::{DType, Device, Tensor};
@@ -293,6 +294,32 @@ fn indices_pass_32_bits() {
     check("cast", ops::cast(&x, DType::F16), 1.0);
     check("index_select", ops::index_select(&x, 0, &(0..rows).collect::<Vec<_>>()), 1.0);
     check("sum", ops::sum(&x, &[1]), d as f64);
+}
+
+#[test]
+fn a_profile_names_products_and_kernels() {
+    let Some(cuda) = devices::cuda() else { return };
+    let of =
+        |shape: &[usize]| -> Var { ops::cast_tensor(&wave(shape, 1), DType::BF16).unwrap().to_device(cuda).unwrap().into() };
+    let (x, w, norm) = (of(&[64, 32]), of(&[48, 32]), of(&[32]));
+    let p = profile(cuda, || {
+        let y = ops::linear(&ops::rms_norm(&x, &norm, 1e-5)?, &w, None)?;
+        Tensor::zeros(&[100], DType::F32, cuda)?;
+        y.value().to_vec::<half::bf16>().map(drop)
+    })
+    .unwrap();
+    let op = |name: &str| p.ops.iter().find(|op| op.op == name).unwrap_or_else(|| panic!("{name}: {p:?}"));
+    let product = &op("matmul::gemm").kernels[0];
+    assert_eq!((product.kernel.as_str(), product.count), ("64 x 48 x 32, A B^T, bf16 -> bf16", 1));
+    assert_eq!((product.flops, product.bytes), (2.0 * 64.0 * 48.0 * 32.0, 2.0 * (64.0 * 32.0 + 48.0 * 32.0 + 64.0 * 48.0)));
+    let norm = op("rms_norm::forward");
+    assert_eq!((norm.bytes, norm.kernels.len()), (2.0 * 2.0 * 64.0 * 32.0, 1));
+    let names: Vec<&str> = op("(outside of ops)").kernels.iter().map(|k| k.kernel.as_str()).collect();
+    assert!(names.contains(&"memset") && names.contains(&"copy to main memory"), "{names:?}");
+    assert!(p.busy_ms > 0.0 && p.busy_ms <= p.total_ms * 1.0001 && p.launches == 4, "{p:?}");
+    // an error leaves no profile under way
+    assert!(profile(cuda, || Err(Error::Usage("on purpose".into()))).is_err());
+    assert_eq!(profile(cuda, || Ok(())).unwrap().launches, 0);
 }
 
 #[test]

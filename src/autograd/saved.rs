@@ -7,8 +7,8 @@
 
 use super::Var;
 use super::tape::saves_all;
-use crate::Result;
 use crate::tensor::Tensor;
+use crate::{Result, profile};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 type Make = dyn Fn() -> Result<Vec<Tensor>> + Send + Sync;
@@ -120,6 +120,7 @@ impl Ticket {
             Some(made) => made,
             // not under the lock: this is work for all threads
             None => {
+                let _again = profile::again();
                 let made = (recipe.make)()?;
                 let mut state = recipe.state();
                 if state.waiting > 1 {

@@ -3,7 +3,7 @@
 use super::{Var, VarId};
 use crate::memory::{Category, counted_as};
 use crate::tensor::{DType, Tensor};
-use crate::{Error, Result};
+use crate::{Error, Result, profile};
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 
@@ -301,6 +301,7 @@ fn walk(nodes: &mut Vec<Node>, grads: &mut Gradients, sum: SumInto) -> Result<()
                 let output_grads: Vec<_> = node.outputs.iter().map(|id| grads.of.remove(id)).collect();
                 if output_grads.iter().any(Option::is_some) {
                     let mut flow = Flow { op: node.op, inputs: &node.inputs, output_grads, grads, sum };
+                    let _op = profile::backward(node.op);
                     (node.backward)(&mut flow)?;
                 }
             }

@@ -6,6 +6,7 @@ mod flops;
 mod kernels;
 mod ladder;
 mod machine;
+mod profile;
 mod train;
 
 pub use attention::{AttentionBench, AttentionReport, AttentionRow, bench_attention};
@@ -13,6 +14,7 @@ pub use flops::{Flops, training_flops};
 pub use kernels::{KernelRow, KernelsBench, KernelsReport, bench_kernels};
 pub use ladder::{LadderReport, RungRow, bench_ladder};
 pub use machine::{Machine, matmul_ceiling, peer_output, time};
+pub use profile::{Profile, ProfiledKernel, ProfiledOp, profile};
 pub use train::{PeerRow, TrainBench, TrainBenchReport, TrainRow, bench_train, run_peer};
 
 use serde::Serialize;

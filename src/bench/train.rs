@@ -1,7 +1,7 @@
 //! `felid bench train`: the whole training step (forward, backward, clip, AdamW), and a peer's beside it.
 
 use super::machine::held_at_peak;
-use super::{Flops, Machine, Spread, peer_output, training_flops};
+use super::{Flops, Machine, Profile, Spread, peer_output, profile, training_flops};
 use crate::autograd::{Gradients, Tape};
 use crate::data::Batch;
 use crate::model::{Cat, ForwardOptions, ModelConfig};
@@ -34,6 +34,8 @@ pub struct TrainBench {
     pub recompute: bool,
     /// Save what backward would compute again because it is cheap.
     pub save_all: bool,
+    /// Profile one more step at each chunk size.
+    pub profile: bool,
 }
 
 /// One chunk size.
@@ -57,6 +59,8 @@ pub struct TrainRow {
     pub saved_bytes: usize,
     /// The peer's time over ours: above 1 is faster than the peer.
     pub speedup_over_peer: Option<f64>,
+    /// Where the time of a step goes.
+    pub profile: Option<Profile>,
 }
 
 /// What a peer printed.
@@ -104,17 +108,30 @@ pub fn bench_train(settings: TrainBench, device: Device, peer: Option<(String, V
         let options = ForwardOptions { chunk_size, recompute: settings.recompute };
         let saved_bytes = saved_bytes(tape(&settings), &model, &random_batch(&settings, config.vocab_size, step)?, options)?;
         let mut seconds = Vec::with_capacity(settings.steps);
+        // as training does it: all submitted before the loss and the norm are read
+        let mut one_step = |batch: &Batch, step: u64| {
+            let loss = micro_step(tape(&settings), &model, batch, options, 1.0, &mut grads)?;
+            let norm = optimizer.submit(&mut model, &mut grads, step, &h, 1.0)?;
+            Ok((loss.item()?, norm.item()?))
+        };
         for i in 0..settings.warmup + settings.steps {
             let batch = random_batch(&settings, config.vocab_size, step)?;
             let start = Instant::now();
             step += 1;
-            micro_step(tape(&settings), &model, &batch, options, 1.0, &mut grads)?;
-            optimizer.step(&mut model, &mut grads, step, &h, 1.0)?;
+            one_step(&batch, step)?;
             if i >= settings.warmup {
                 seconds.push(start.elapsed().as_secs_f64());
             }
         }
         let spread = Spread::of(&seconds);
+        let profile = match settings.profile {
+            false => None,
+            true => {
+                let batch = random_batch(&settings, config.vocab_size, step)?;
+                step += 1;
+                Some(profile(device, || one_step(&batch, step).map(drop))?)
+            }
+        };
         let flops = training_flops(&config, settings.batch, settings.tokens, chunk);
         let of_peer = |(_, rows): &(String, Vec<PeerRow>)| rows.iter().find(|r| r.chunk_size == chunk).map(|r| r.ms);
         rows.push(TrainRow {
@@ -127,6 +144,7 @@ pub fn bench_train(settings: TrainBench, device: Device, peer: Option<(String, V
             held_at_peak: held_at_peak(device),
             saved_bytes,
             speedup_over_peer: peer.as_ref().and_then(of_peer).map(|ms| ms / spread.median_ms),
+            profile,
         });
     }
     Ok(TrainBenchReport { machine, settings, rows, peer })

@@ -3,7 +3,7 @@
 use super::{Compute, parse_dtype, print};
 use clap::{Args, Subcommand};
 use felid::bench::{
-    AttentionBench, KernelsBench, Machine, TrainBench, bench_attention, bench_kernels, bench_ladder, bench_train,
+    AttentionBench, KernelsBench, Machine, Profile, TrainBench, bench_attention, bench_kernels, bench_ladder, bench_train,
     peer_output, run_peer,
 };
 use felid::model::{ModelConfig, write_json};
@@ -85,6 +85,9 @@ struct Train {
     /// Save what backward would compute again because it is cheap
     #[arg(long)]
     save_all: bool,
+    /// Then profile one more step: time by op and, on CUDA, by kernel
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     output: Output,
 }
@@ -190,6 +193,7 @@ impl Train {
             dtype: self.output.dtype,
             recompute: self.recompute,
             save_all: self.save_all,
+            profile: self.profile,
         };
         self.output.show(&bench_train(settings, device, peer)?, |report| {
             heading(&report.settings.preset, &report.machine)?;
@@ -210,9 +214,40 @@ impl Train {
                     if held.is_empty() { "-".into() } else { held.join(", ") }
                 ))?;
             }
-            Ok(())
+            report.rows.iter().try_for_each(|r| r.profile.iter().try_for_each(|p| show_profile(r.chunk_size, p)))
         })
     }
+}
+
+/// Ops by their time, with the kernels of each that take a thousandth of the step.
+fn show_profile(chunk_size: usize, p: &Profile) -> Result<()> {
+    print::line(&format!(
+        "\none step at C {chunk_size}: {:.2} ms, of which {:.2} ms in {} pieces of work and {:.2} ms between them",
+        p.total_ms,
+        p.busy_ms,
+        p.launches,
+        p.total_ms - p.busy_ms
+    ))?;
+    print::line(&format!(
+        "{:<60}  {:>5}  {:>9}  {:>6}  {:>7}  {:>7}",
+        "op, kernels", "count", "ms", "share", "GB/s", "TFLOP/s"
+    ))?;
+    let line = |name: &str, count: usize, ms: f64, bytes: f64, flops: f64| {
+        let rate = |n: f64, unit: f64, digits: usize| match n {
+            0.0 => "-".into(),
+            n => format!("{:.digits$}", n / unit / (ms / 1e3)),
+        };
+        let (share, bytes, flops) = (100.0 * ms / p.busy_ms, rate(bytes, 1e9, 0), rate(flops, 1e12, 1));
+        print::line(&format!("{name:<60}  {count:>5}  {ms:>9.3}  {share:>5.1}%  {bytes:>7}  {flops:>7}"))
+    };
+    for op in &p.ops {
+        line(&op.op, op.calls, op.ms, op.bytes, op.flops)?;
+        for k in op.kernels.iter().filter(|k| k.ms > p.busy_ms / 1e3) {
+            line(&format!("  {}", k.kernel), k.count, k.ms, k.bytes, k.flops)?;
+        }
+    }
+    let gaps: Vec<_> = p.gaps.iter().map(|(ms, kernel)| format!("{ms:.3} ms before {kernel}")).collect();
+    if gaps.is_empty() { Ok(()) } else { print::line(&format!("longest gaps: {}", gaps.join("; "))) }
 }
 
 impl Attention {

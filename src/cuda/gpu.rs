@@ -3,6 +3,7 @@
 use super::libraries::Library;
 use super::memory::Memory;
 use super::module::Modules;
+use super::spans::Work;
 use crate::{Error, Result};
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use std::collections::BTreeMap;
@@ -144,16 +145,38 @@ impl Gpu {
 
     pub(super) fn upload(&self, from: &[u8], to: u64) -> Result<()> {
         self.bind()?;
-        // SAFETY: `to` is a buffer of at least from.len() bytes of this device (callers' buffers know their size). The
-        // driver stages pageable memory: it has read `from` before this returns.
-        let answer = unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) };
-        check(self.ordinal, "copy to the device", answer)
+        let copy = || {
+            // SAFETY: `to` is a buffer of at least from.len() bytes of this device (callers' buffers know their size). The
+            // driver stages pageable memory: it has read `from` before this returns.
+            let answer = unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) };
+            check(self.ordinal, "copy to the device", answer)
+        };
+        self.timed(|| Work::moving("copy from main memory", from.len()), copy)
+    }
+    /// Copy on the device, by the driver.
+    ///
+    /// # Safety
+    ///
+    /// Both are of buffers of this device that hold so many bytes from there on, apart from each other; what is written is
+    /// nobody else's.
+    pub(super) unsafe fn copy_bytes(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        let copy = || {
+            // SAFETY: the caller's, as above.
+            let answer = unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) };
+            check(self.ordinal, "copy on the device", answer)
+        };
+        self.timed(|| Work::moving("copy on the device", 2 * bytes), copy)
     }
     pub(super) fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
         self.bind()?;
-        // SAFETY: `from` is a buffer of at least to.len() bytes, and `to` outlives the wait below.
-        let answer = unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) };
-        check(self.ordinal, "copy from the device", answer)?;
+        let bytes = to.len();
+        let copy = || {
+            // SAFETY: `from` is a buffer of at least to.len() bytes, and `to` outlives the wait below.
+            let answer = unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) };
+            check(self.ordinal, "copy from the device", answer)
+        };
+        self.timed(|| Work::moving("copy to main memory", bytes), copy)?;
         self.synchronize()
     }
 }

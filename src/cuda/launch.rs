@@ -2,6 +2,7 @@
 
 use super::gpu::{Gpu, check};
 use super::module::{Symbol, Variant};
+use super::spans::Work;
 use crate::{Error, Result};
 use cudarc::driver::result;
 use std::ffi::c_void;
@@ -181,12 +182,17 @@ impl Gpu {
             .collect();
         let three = |n: [usize; 3]| (n[0] as u32, n[1] as u32, n[2] as u32);
         self.bind()?;
-        // SAFETY: the caller's, as above; the driver copies the arguments before this returns.
-        let answer = unsafe {
-            let (blocks, threads, shared) = (three(grid.blocks), three(grid.threads), grid.shared as u32);
-            result::launch_kernel(function.0, blocks, threads, shared, self.stream.cu_stream(), &mut pointers)
-        };
-        check(self.ordinal, symbol.name, answer)?;
+        self.timed(
+            || Work::named(symbol.name),
+            || {
+                // SAFETY: the caller's, as above; the driver copies the arguments before this returns.
+                let answer = unsafe {
+                    let (blocks, threads, shared) = (three(grid.blocks), three(grid.threads), grid.shared as u32);
+                    result::launch_kernel(function.0, blocks, threads, shared, self.stream.cu_stream(), &mut pointers)
+                };
+                check(self.ordinal, symbol.name, answer)
+            },
+        )?;
         if synchronous() {
             check(self.ordinal, symbol.name, self.stream.synchronize())?;
         }

@@ -2,6 +2,7 @@
 //! holds what.
 
 use super::gpu::{Gpu, check};
+use super::spans::Work;
 use crate::memory::{Category, category};
 use crate::{Error, Result};
 use cudarc::driver::{CudaContext, result, sys};
@@ -162,9 +163,12 @@ impl CudaBuffer {
     pub fn zeroed(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
         let buffer = Self::new(gpu, bytes)?;
         if bytes > 0 {
-            // SAFETY: the buffer holds that many bytes and is used on this stream only.
-            let answer = unsafe { result::memset_d8_async(buffer.pointer, 0, bytes, gpu.stream.cu_stream()) };
-            check(gpu.ordinal, "clear device memory", answer)?;
+            let clear = || {
+                // SAFETY: the buffer holds that many bytes and is used on this stream only.
+                let answer = unsafe { result::memset_d8_async(buffer.pointer, 0, bytes, gpu.stream.cu_stream()) };
+                check(gpu.ordinal, "clear device memory", answer)
+            };
+            gpu.timed(|| Work::moving("memset", bytes), clear)?;
         }
         Ok(buffer)
     }

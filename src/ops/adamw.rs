@@ -4,7 +4,7 @@
 
 use super::elementwise::{same_device, same_dtype};
 use crate::tensor::{DType, Tensor};
-use crate::{Error, Result};
+use crate::{Error, Result, profile};
 
 /// What stays the same from parameter to parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,7 +57,16 @@ pub fn adamw(params: &mut [AdamWParam], step: u64, h: &AdamWSettings, clip: f64)
     }
     match params.first().map(|p| p.param.device()) {
         None => Ok(Tensor::scalar(0f64)),
-        Some(device) => on_device!(device, adamw::update(params, step, h, clip)),
+        Some(device) => {
+            let norm = on_device!(device, adamw::update(params, step, h, clip))?;
+            // gradients twice; moments, and masters or weights, read and written; weights of 16 bits written
+            let of = |p: &AdamWParam| match p.master {
+                Some(_) => 2 * p.grad.dtype().size() + 24 + p.param.dtype().size(),
+                None => 2 * p.grad.dtype().size() + 16 + 2 * p.param.dtype().size(),
+            };
+            profile::moved(params.iter().map(|p| p.param.numel() * of(p)).sum());
+            Ok(norm)
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use super::elementwise::same_dtype;
 use crate::autograd::{Var, record_one};
 use crate::tensor::Tensor;
-use crate::{Error, Result};
+use crate::{Error, Result, profile};
 
 /// Which keys a query may attend, as a rule on positions; no mask tensor exists anywhere.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -73,6 +73,8 @@ pub fn attention(q: &Var, k: &Var, v: &Var, mask: Mask, scale: f64) -> Result<Va
     check(qv, kv, vv, mask)?;
     let (qv, kv, vv) = (qv.dense_rows()?, kv.dense_rows()?, vv.dense_rows()?);
     let (y, lse) = on_device!(qv.device(), attention::forward(&qv, &kv, &vv, mask, scale))?;
+    let products = (qv.numel() / qv.dim(2).max(1)) as f64 * mask.pairs(qv.dim(2), kv.dim(2)) as f64;
+    profile::computed(4.0 * products);
     let (y_saved, saved) = (y.clone(), [q.save_as(qv), k.save_as(kv), v.save_as(vv)]);
     Ok(record_one("attention", &[q, k, v], y, move |flow| {
         let dy = flow.output()?.dense_rows()?;
@@ -80,6 +82,7 @@ pub fn attention(q: &Var, k: &Var, v: &Var, mask: Mask, scale: f64) -> Result<Va
         let (q, k, v) = (q?, k?, v?);
         same_dtype("attention", &[&q, &dy])?;
         let grads = on_device!(dy.device(), attention::backward(&q, &k, &v, &y_saved, &lse, &dy, mask, scale))?;
+        profile::computed(10.0 * products);
         for (i, grad) in grads.into_iter().enumerate() {
             flow.give(i, grad)?;
         }

@@ -5,9 +5,10 @@
 //! d head width, V vocabulary, M feed-forward width, R rows (all leading dimensions together).
 
 /// Call the implementation for a device: `on_device!(x.device(), rope::rotate(x, table, back))` is `cpu::rope::rotate` or
-/// `cuda::rope::rotate`, twins of one signature.
+/// `cuda::rope::rotate`, twins of one signature. In profiles that is the op.
 macro_rules! on_device {
-    ($device:expr, $($path:ident)::+ ( $($arg:expr),* $(,)? )) => {
+    ($device:expr, $($path:ident)::+ ( $($arg:expr),* $(,)? )) => {{
+        let _op = $crate::profile::enter(stringify!($($path)::+));
         match $device {
             $crate::tensor::Device::Cpu => $crate::ops::cpu::$($path)::+($($arg),*),
             #[cfg(feature = "cuda")]
@@ -15,7 +16,7 @@ macro_rules! on_device {
             #[cfg(not(feature = "cuda"))]
             other => Err($crate::tensor::no_backend(other)),
         }
-    };
+    }};
 }
 
 pub(crate) mod cpu;

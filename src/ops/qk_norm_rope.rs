@@ -11,7 +11,7 @@ use super::RopeTable;
 use super::elementwise::same_dtype;
 use crate::autograd::{Var, compute_again, record};
 use crate::tensor::Tensor;
-use crate::{Error, Result};
+use crate::{Error, Result, profile};
 
 /// The weights of QK-norm, `[d]` each.
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +75,9 @@ pub fn qk_norm_rope(
         Some(n) => Some(Weights { q: n.q.value().contiguous()?, k: n.k.value().contiguous()?, eps: n.eps }),
     };
     let (y, rstd) = on_device!(x.device(), qk_norm_rope::forward(&x, heads, weights.as_ref(), table))?;
+    let (bytes, all_bytes) = (y.numel() * y.dtype().size(), x.numel() * x.dtype().size());
+    let (forward_bytes, backward_bytes) = (2 * bytes, 2 * all_bytes + if norm.is_some() { bytes } else { 0 });
+    profile::moved(forward_bytes);
     // `n` heads of every row of t from element `from` on, [B, n, L, d]
     let view = move |t: &Tensor, from: usize, n: usize| {
         t.narrow(2, from * d, n * d)?.reshape(&[b, l, n, d])?.permute(&[0, 2, 1, 3])
@@ -95,6 +98,7 @@ pub fn qk_norm_rope(
         }
         let (dx, sums) =
             on_device!(device, qk_norm_rope::backward(raw.as_ref(), [&grads[0], &grads[1], &grads[2]], &table))?;
+        profile::moved(backward_bytes);
         flow.give(0, dx)?;
         let Some((raw, [of_q, of_k])) = raw.zip(sums) else { return Ok(()) };
         for (i, partial, w) in [(1, of_q, raw.weights.q), (2, of_k, raw.weights.k)] {
@@ -107,7 +111,9 @@ pub fn qk_norm_rope(
     });
     compute_again(&mut vars[..2], move || {
         let (x, weights, table) = (&x_again, weights_again.as_ref(), &table_again);
-        of_turned(&on_device!(x.device(), qk_norm_rope::forward(x, heads, weights, table))?.0)
+        let y = on_device!(x.device(), qk_norm_rope::forward(x, heads, weights, table))?.0;
+        profile::moved(forward_bytes);
+        of_turned(&y)
     });
     <[Var; 3]>::try_from(vars).map_err(|v| Error::shape(OP, format!("{} outputs instead of 3", v.len())))
 }

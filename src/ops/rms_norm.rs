@@ -7,7 +7,7 @@
 use super::elementwise::same_dtype;
 use crate::autograd::{Flow, Var, compute_again, record};
 use crate::tensor::Tensor;
-use crate::{Error, Result};
+use crate::{Error, Result, profile};
 
 /// `y = rms_norm(x) * weight` over the last dimension: x `[.., D]` (rows of any stride), weight `[D]`, y like x.
 ///
@@ -40,6 +40,8 @@ fn forward(op: &'static str, x: &Var, residual: Option<&Var>, weight: &Var, eps:
         }
     }
     let out = on_device!(xv.device(), rms_norm::forward(xv, residual.map(Var::value), w, eps))?;
+    let bytes = xv.numel() * xv.dtype().size();
+    profile::moved(if residual.is_some() { 4 * bytes } else { 2 * bytes });
     let (h, rstd, wv) = (out.h.clone().unwrap_or_else(|| xv.clone()), out.rstd, w.clone());
     let (h_again, w_again) = (h.clone(), w.clone());
     let backward = move |flow: &mut Flow, dh: Option<Tensor>, weight_at: usize| -> Result<Option<Tensor>> {
@@ -49,7 +51,9 @@ fn forward(op: &'static str, x: &Var, residual: Option<&Var>, weight: &Var, eps:
         if let Some(sum) = &sum {
             super::elementwise::check_sum(op, sum, wv.shape(), dtype, &dy)?;
         }
+        let through_h = dh.is_some();
         let (dx, dw) = on_device!(h.device(), rms_norm::backward(&h, &wv, &rstd, &dy, dh, sum, dtype))?;
+        profile::moved(if through_h { 4 * bytes } else { 3 * bytes });
         flow.put(weight_at, dw);
         Ok(Some(dx))
     };
@@ -69,7 +73,9 @@ fn forward(op: &'static str, x: &Var, residual: Option<&Var>, weight: &Var, eps:
     };
     // after the add, y is the norm of h alone: the sum was rounded before it was normed
     compute_again(&mut vars[..1], move || {
-        Ok(vec![on_device!(h_again.device(), rms_norm::forward(&h_again, None, &w_again, eps))?.y])
+        let y = on_device!(h_again.device(), rms_norm::forward(&h_again, None, &w_again, eps))?.y;
+        profile::moved(2 * bytes);
+        Ok(vec![y])
     });
     let mut vars = vars.into_iter();
     match vars.next() {

@@ -2,7 +2,7 @@
 //! Both accumulate in f32; f32 operands stay f32 unless TF32 was asked for.
 
 use super::gemm_native::native_product;
-use crate::cuda::{self, Gemm, Kind, Matrix, Product, View};
+use crate::cuda::{self, Gemm, Kind, Matrix, Product, View, Work};
 use crate::ops::elementwise::same_dtype;
 use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
@@ -108,10 +108,27 @@ fn multiply(a: &Tensor, b: &Tensor, am: Matrix, bm: Matrix, y: &mut Tensor, batc
     let d = Matrix { pointer, rows, cols, leading: cols, by_columns: false, batch_stride: rows * cols };
     let product = Product { a: am, b: bm, d, batch, input: kind(a.dtype())?, output: kind(y.dtype())?, accumulate };
     // SAFETY: a, b and y are alive and as large as their shapes; y is new or owned alone, so it overlaps neither.
-    unsafe {
+    let submit = || unsafe {
         match cuda::gemm() == Gemm::Auto && gpu.blas_product(&product)? {
             true => Ok(()),
             false => native_product(gpu, &product),
         }
+    };
+    gpu.timed(|| work(&product), submit)
+}
+
+/// A product as profiles name it: rows, columns and depth, operands that lie transposed as such, and dtypes.
+fn work(p: &Product) -> Work {
+    let matrix = |name: &str, m: &Matrix| format!("{name}{}", if m.by_columns { "^T" } else { "" });
+    let batch = if p.batch > 1 { format!("{} of ", p.batch) } else { String::new() };
+    let (m, n, k, a, b) = (p.a.rows, p.b.cols, p.a.cols, matrix("A", &p.a), matrix("B", &p.b));
+    let (add, input, output) = (if p.accumulate { " +" } else { "" }, p.input.element(), p.output.element());
+    let elements = p.batch as f64 * p.a.rows as f64 * p.b.cols as f64;
+    let moved = |m: &Matrix| (m.rows * m.cols * p.batch) as f64;
+    let written = elements * p.output.size() as f64 * if p.accumulate { 2.0 } else { 1.0 };
+    Work {
+        name: format!("{batch}{m} x {n} x {k}, {a} {b}, {input} ->{add} {output}"),
+        bytes: (moved(&p.a) + moved(&p.b)) * p.input.size() as f64 + written,
+        flops: 2.0 * elements * k as f64,
     }
 }
