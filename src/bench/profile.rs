@@ -75,25 +75,23 @@ pub fn profile(device: Device, f: impl FnOnce() -> Result<()>) -> Result<Profile
             kernels: vec![],
         })
         .collect();
-    let (mut total_ms, mut launches) = (total * 1e3, ops.iter().map(|op| op.calls).sum());
-    let mut gaps = vec![];
-    match device {
+    let (total_ms, launches, mut gaps): (f64, usize, Vec<(f64, String)>) = match device {
         #[cfg(feature = "cuda")]
         Device::Cuda(n) => {
             let spans = done.and_then(|()| crate::cuda::gpu(n)?.spans());
             crate::cuda::stop_spans();
             let spans = spans?;
-            total_ms = spans.iter().map(|s| s.seconds + s.gap).sum::<f64>() * 1e3;
-            launches = spans.len();
-            gaps = spans.iter().map(|s| (s.gap * 1e3, s.work.name.clone())).collect();
             ops = by_op(ops, &spans);
+            let total = spans.iter().map(|s| s.seconds + s.gap).sum::<f64>();
+            (total * 1e3, spans.len(), spans.iter().map(|s| (s.gap * 1e3, s.work.name.clone())).collect())
         }
         _ => {
             #[cfg(feature = "cuda")]
             crate::cuda::stop_spans();
             done?;
+            (total * 1e3, ops.iter().map(|op| op.calls).sum(), vec![])
         }
-    }
+    };
     let busy_ms: f64 = ops.iter().map(|op| op.ms).sum();
     ops.iter_mut().for_each(|op| op.share = op.ms / busy_ms);
     ops.sort_by(|a, b| b.ms.total_cmp(&a.ms));
