@@ -237,7 +237,7 @@ fn show_profile(chunk_size: usize, p: &Profile) -> Result<()> {
             0.0 => "-".into(),
             n => format!("{:.digits$}", n / unit / (ms / 1e3)),
         };
-        let (share, bytes, flops) = (100.0 * ms / p.busy_ms, rate(bytes, 1e9, 0), rate(flops, 1e12, 1));
+        let (share, bytes, flops) = (100.0 * ms / p.busy_ms, rate(bytes, 1e9, 0), rate(flops, 1e12, 2));
         print::line(&format!("{name:<60}  {count:>5}  {ms:>9.3}  {share:>5.1}%  {bytes:>7}  {flops:>7}"))
     };
     for op in &p.ops {
