@@ -2,14 +2,17 @@
 //! ceiling and peers measured in the same call.
 
 mod attention;
+mod cost;
 mod flops;
 mod kernels;
 mod ladder;
 mod machine;
+mod plot;
 mod profile;
 mod train;
 
 pub use attention::{AttentionBench, AttentionReport, AttentionRow, bench_attention};
+pub use cost::{CostBench, CostReport, CostRow, bench_cost};
 pub use flops::{Flops, training_flops};
 pub use kernels::{KernelRow, KernelsBench, KernelsReport, bench_kernels};
 pub use ladder::{LadderReport, RungRow, bench_ladder};

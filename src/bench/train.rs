@@ -51,7 +51,7 @@ pub struct TrainRow {
     pub flops: Flops,
     /// Needed operations over the median time, as a share of the measured ceiling.
     pub share_of_ceiling: f64,
-    /// Most bytes that tensors held at once since the process began.
+    /// Most bytes that tensors held at once.
     pub peak_bytes: usize,
     /// What these were for, where the device counts that.
     pub held_at_peak: Vec<(&'static str, usize)>,
@@ -96,58 +96,94 @@ pub fn bench_train(settings: TrainBench, device: Device, peer: Option<(String, V
         return Err(Error::Usage(format!("batches of {b} x {n} tokens are too large: choose smaller ones")));
     }
     let machine = Machine::measure(device, settings.dtype)?;
-    let mut model = Cat::new(config.clone(), 0)?;
-    prepare(&mut model, settings.dtype)?;
-    let mut model = model.to_device(device)?;
-    let mut optimizer = Optimizer::new(&model)?;
-    let h = AdamWSettings { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let mut grads = Gradients::default();
-    let (mut step, mut rows) = (0, Vec::new());
+    let mut bench = Steps::new(config, device, &settings)?;
+    let mut rows = Vec::new();
     for &chunk in &settings.chunk_sizes {
-        let chunk_size = config.chunk_size.map(|_| chunk);
-        let options = ForwardOptions { chunk_size, recompute: settings.recompute };
-        let saved_bytes = saved_bytes(tape(&settings), &model, &random_batch(&settings, config.vocab_size, step)?, options)?;
-        let mut seconds = Vec::with_capacity(settings.steps);
-        // as training does it: all submitted before the loss and the norm are read
-        let mut one_step = |batch: &Batch, step: u64| {
-            let loss = micro_step(tape(&settings), &model, batch, options, 1.0, &mut grads)?;
-            let norm = optimizer.submit(&mut model, &mut grads, step, &h, 1.0)?;
-            Ok((loss.item()?, norm.item()?))
-        };
-        for i in 0..settings.warmup + settings.steps {
-            let batch = random_batch(&settings, config.vocab_size, step)?;
+        let mut row = bench.row(&settings, &machine, chunk)?;
+        let of_peer = |(_, rows): &(String, Vec<PeerRow>)| rows.iter().find(|r| r.chunk_size == chunk).map(|r| r.ms);
+        row.speedup_over_peer = peer.as_ref().and_then(of_peer).map(|ms| ms / row.step.median_ms);
+        rows.push(row);
+    }
+    Ok(TrainBenchReport { machine, settings, rows, peer })
+}
+
+/// A model that takes steps.
+pub(super) struct Steps {
+    config: ModelConfig,
+    model: Cat,
+    optimizer: Optimizer,
+    grads: Gradients,
+    step: u64,
+}
+
+impl Steps {
+    pub fn new(config: ModelConfig, device: Device, s: &TrainBench) -> Result<Self> {
+        let mut model = Cat::new(config.clone(), 0)?;
+        prepare(&mut model, s.dtype)?;
+        let model = model.to_device(device)?;
+        let optimizer = Optimizer::new(&model)?;
+        Ok(Self { config, model, optimizer, grads: Gradients::default(), step: 0 })
+    }
+    /// After an error: no gradients.
+    pub fn clear(&mut self) {
+        self.grads = Gradients::default();
+    }
+    pub fn parameters(&self) -> usize {
+        self.model.params().iter().map(|p| p.value().numel()).sum()
+    }
+
+    fn batch(&self, s: &TrainBench) -> Result<Batch> {
+        random_batch(s, self.config.vocab_size, self.step)
+    }
+
+    /// One step as training does it: all submitted before the loss and the norm are read.
+    fn one(&mut self, s: &TrainBench, batch: &Batch, options: ForwardOptions) -> Result<()> {
+        let h = AdamWSettings { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+        self.step += 1;
+        let loss = micro_step(tape(s), &self.model, batch, options, 1.0, &mut self.grads)?;
+        let norm = self.optimizer.submit(&mut self.model, &mut self.grads, self.step, &h, 1.0)?;
+        (loss.item()?, norm.item()?);
+        Ok(())
+    }
+
+    /// Steps at chunk size `chunk`, on batches of the settings' size.
+    pub fn row(&mut self, s: &TrainBench, machine: &Machine, chunk: usize) -> Result<TrainRow> {
+        let device = self.model.device();
+        device.forget_peak();
+        let chunk_size = self.config.chunk_size.map(|_| chunk);
+        let options = ForwardOptions { chunk_size, recompute: s.recompute };
+        let saved_bytes = saved_bytes(tape(s), &self.model, &self.batch(s)?, options)?;
+        let mut seconds = Vec::with_capacity(s.steps);
+        for i in 0..s.warmup + s.steps {
+            let batch = self.batch(s)?;
             let start = Instant::now();
-            step += 1;
-            one_step(&batch, step)?;
-            if i >= settings.warmup {
+            self.one(s, &batch, options)?;
+            if i >= s.warmup {
                 seconds.push(start.elapsed().as_secs_f64());
             }
         }
         let spread = Spread::of(&seconds);
-        let profile = match settings.profile {
+        let profile = match s.profile {
             false => None,
             true => {
-                let batch = random_batch(&settings, config.vocab_size, step)?;
-                step += 1;
-                Some(profile(device, || one_step(&batch, step).map(drop))?)
+                let batch = self.batch(s)?;
+                Some(profile(device, || self.one(s, &batch, options))?)
             }
         };
-        let flops = training_flops(&config, settings.batch, settings.tokens, chunk);
-        let of_peer = |(_, rows): &(String, Vec<PeerRow>)| rows.iter().find(|r| r.chunk_size == chunk).map(|r| r.ms);
-        rows.push(TrainRow {
+        let flops = training_flops(&self.config, s.batch, s.tokens, chunk);
+        Ok(TrainRow {
             chunk_size: chunk,
             step: spread,
-            ktokens_per_s: (settings.batch * settings.tokens) as f64 / spread.median_ms,
+            ktokens_per_s: (s.batch * s.tokens) as f64 / spread.median_ms,
             flops,
             share_of_ceiling: flops.needed / (spread.median_ms / 1e3) / machine.matmul_flops_per_s,
             peak_bytes: device.memory_stats().peak,
             held_at_peak: held_at_peak(device),
             saved_bytes,
-            speedup_over_peer: peer.as_ref().and_then(of_peer).map(|ms| ms / spread.median_ms),
+            speedup_over_peer: None,
             profile,
-        });
+        })
     }
-    Ok(TrainBenchReport { machine, settings, rows, peer })
 }
 
 fn tape(s: &TrainBench) -> Tape {

@@ -3,8 +3,8 @@
 use super::{Compute, parse_dtype, print};
 use clap::{Args, Subcommand};
 use felid::bench::{
-    AttentionBench, KernelsBench, Machine, Profile, TrainBench, bench_attention, bench_kernels, bench_ladder, bench_train,
-    peer_output, run_peer,
+    AttentionBench, CostBench, KernelsBench, Machine, Profile, TrainBench, bench_attention, bench_cost, bench_kernels,
+    bench_ladder, bench_train, peer_output, run_peer,
 };
 use felid::model::{ModelConfig, write_json};
 use felid::tensor::DType;
@@ -24,6 +24,8 @@ enum What {
     Train(Train),
     /// Attention under the CAT mask at several chunk sizes, in the compressor, and dense causal
     Attention(Attention),
+    /// A training step as sequences and models grow, in a table and a plot
+    Cost(Cost),
     /// Each op at the sizes of a training step, against the bytes or operations that it cannot avoid
     Kernels(Kernels),
 }
@@ -121,6 +123,29 @@ struct Attention {
 }
 
 #[derive(Args)]
+struct Cost {
+    /// Models
+    #[arg(long, value_delimiter = ',', default_value = "paper-31m,paper-92m,paper-1b,paper-dense")]
+    presets: Vec<String>,
+    /// Tokens of a row, one case each
+    #[arg(long, value_delimiter = ',', default_value = "1024,2048,4096,8192,16384")]
+    seq_len: Vec<usize>,
+    #[arg(long, value_delimiter = ',', default_value = "4,16")]
+    chunk_sizes: Vec<usize>,
+    /// Tokens of a batch
+    #[arg(long, default_value_t = 32_768)]
+    tokens: usize,
+    /// Measured steps a case
+    #[arg(long, default_value_t = 5)]
+    steps: usize,
+    /// SVG file to draw into
+    #[arg(long)]
+    plot: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Args)]
 struct Kernels {
     /// Rows
     #[arg(long, default_value_t = 36_880)]
@@ -153,6 +178,7 @@ impl Bench {
         match self.what {
             What::Train(t) => t.run(),
             What::Attention(a) => a.run(),
+            What::Cost(c) => c.run(),
             What::Kernels(k) => k.run(),
         }
     }
@@ -299,6 +325,43 @@ impl Attention {
                 ))?;
             }
             report.peer.iter().try_for_each(|(_, text)| print::line(text.trim_end()))
+        })
+    }
+}
+
+impl Cost {
+    fn run(self) -> Result<()> {
+        let device = self.output.compute.set()?;
+        let settings = CostBench {
+            presets: self.presets,
+            lengths: self.seq_len,
+            chunk_sizes: self.chunk_sizes,
+            tokens: self.tokens,
+            steps: self.steps,
+            dtype: self.output.dtype,
+        };
+        let report = bench_cost(settings, device)?;
+        if let Some(path) = &self.plot {
+            report.write_plot(path)?;
+        }
+        self.output.show(&report, |report| {
+            heading("a training step", &report.machine)?;
+            print::line("model         parameters    C      N   batch  median ms    Ktok/s  of ceiling      peak")?;
+            for r in &report.rows {
+                print::line(&format!(
+                    "{:<12}  {:>8.0} M  {:>3}  {:>5}  {:>6}  {:>9.1}  {:>8.2}  {:>9.0}%  {:>8}",
+                    r.preset,
+                    r.parameters as f64 / 1e6,
+                    r.cost.chunk_size,
+                    r.length,
+                    r.batch,
+                    r.cost.step.median_ms,
+                    r.cost.ktokens_per_s,
+                    100.0 * r.cost.share_of_ceiling,
+                    print::bytes(r.cost.peak_bytes)
+                ))?;
+            }
+            Ok(())
         })
     }
 }

@@ -143,6 +143,9 @@ impl Gpu {
         self.memory.stats()
     }
 
+    pub(crate) fn forget_peak(&self) {
+        self.memory.forget_peak();
+    }
     pub(super) fn upload(&self, from: &[u8], to: u64) -> Result<()> {
         self.bind()?;
         let copy = || {

@@ -77,6 +77,12 @@ impl Memory {
         self.by_category[category as usize].fetch_sub(bytes, Relaxed);
     }
 
+    /// Begin a new count of the peak.
+    pub fn forget_peak(&self) {
+        self.peak.store(0, Relaxed);
+        self.take(0, Category::Other);
+    }
+
     pub fn stats(&self) -> CudaMemory {
         let reserved = AtomicU64::new(0);
         let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT;

@@ -191,11 +191,13 @@ fn is_default<T: Default + PartialEq>(x: &T) -> bool {
 pub const CAT_LAYER_HEAD_DIM: usize = 64;
 
 /// The names that `preset` takes.
-pub const PRESETS: [&str; 4] = ["nano", "cpu-small", "paper-1b", "paper-dense"];
+pub const PRESETS: [&str; 6] = ["nano", "cpu-small", "paper-31m", "paper-92m", "paper-1b", "paper-dense"];
 
 impl ModelConfig {
     /// A model by name. Sizes: `nano` 0.7M and `cpu-small` 4.4M (byte vocabulary), `paper-1b` 985M (spec sections 6
-    /// and 7) and its dense peer `paper-dense` 257M (gpt2 vocabulary).
+    /// and 7) and its dense peer `paper-dense` 257M (gpt2 vocabulary). `paper-31m` and `paper-92m` are to dense models of 31M
+    /// and 92M parameters (D 256 x 6, D 512 x 12) what `paper-1b` is to `paper-dense`: twice as wide, with a compressor as wide
+    /// as the dense model.
     pub fn preset(name: &str) -> Result<Self> {
         let adaptive = |vocab, block, chunk, decoder, compressor| Self {
             model_type: ModelType::CatAdaptive,
@@ -207,6 +209,8 @@ impl ModelConfig {
         Ok(match name {
             "nano" => adaptive(256, 128, 16, t(96, 3, 4, true), t(64, 2, 1, true)),
             "cpu-small" => adaptive(256, 256, 16, t(256, 4, 4, true), t(128, 2, 1, true)),
+            "paper-31m" => adaptive(50_257, 4096, 32, t(512, 8, 6, true), t(256, 4, 2, true)),
+            "paper-92m" => adaptive(50_257, 4096, 32, t(1024, 16, 12, true), t(512, 8, 3, true)),
             "paper-1b" => adaptive(50_257, 4096, 32, t(2048, 32, 12, true), t(1024, 16, 3, true)),
             "paper-dense" => Self::dense(50_257, 4096, t(1024, 16, 12, true)),
             _ => return Err(Error::Usage(format!("unknown preset '{name}': use one of {}", PRESETS.join(", ")))),

@@ -50,6 +50,18 @@ impl Device {
             _ => memory_stats(),
         }
     }
+    /// Begin a new count of the most bytes held, from what is held now.
+    pub fn forget_peak(self) {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(n) => {
+                if let Ok(gpu) = crate::cuda::gpu(n) {
+                    gpu.forget_peak();
+                }
+            }
+            _ => PEAK.store(CURRENT.load(Relaxed), Relaxed),
+        }
+    }
 }
 
 #[cfg(feature = "cuda")]
