@@ -5,10 +5,9 @@
 //! ```
 
 use felid::data::Tokenizer;
-use felid::generate::{GenerateOptions, Generator};
+use felid::generate::{Generator, Request};
 use felid::model::load;
 use felid::ops::Sampling;
-use felid::tensor::Tensor;
 use felid::{Error, Result};
 use std::io::Write;
 use std::path::Path;
@@ -23,26 +22,25 @@ fn main() -> Result<()> {
     let model = load(dir, None)?.model;
     let tokenizer = Tokenizer::load(Some(dir))?;
     let ids = tokenizer.encode(&prompt)?;
-    let options = GenerateOptions {
-        // the last token is chosen but not read, so one more than block_size fits
-        max_new_tokens: (model.config().block_size + 1).saturating_sub(ids.len()),
+    let request = Request {
         chunk_size,
         sampling: Sampling { temperature: 0.8, ..Default::default() },
-        seed: 0,
-        // a model's vocabulary is padded: choose only ids that the tokenizer knows
-        vocab_limit: Some(tokenizer.vocab_size()),
+        // the last token is chosen but not read, so one more than block_size fits
+        max_new_tokens: (model.config().block_size + 1).saturating_sub(ids.len()),
+        prompt: ids,
+        ..Default::default()
     };
 
     print!("{prompt}");
-    let mut text = tokenizer.decode_stream();
-    for turn in Generator::new(&model, &Tensor::ids(&ids, &[1, ids.len()])?, options)? {
-        // one token for each row of the batch, which has one row here
-        print!("{}", text.push(turn?[0])?);
+    // with a tokenizer a generator yields text too, and chooses only ids that the tokenizer knows
+    let generator = Generator::new(&model).with_tokenizer(tokenizer);
+    for event in generator.start(vec![request])? {
+        print!("{}", event?.text);
         // whoever stopped reading (head, a closed terminal) has seen enough
         if std::io::stdout().flush().is_err() {
             return Ok(());
         }
     }
-    println!("{}", text.finish()?);
+    println!();
     Ok(())
 }

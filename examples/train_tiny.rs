@@ -7,7 +7,7 @@
 use felid::Result;
 use felid::autograd::Gradients;
 use felid::data::{BatchSampler, Dataset, Tokenizer};
-use felid::generate::{GenerateOptions, generate};
+use felid::generate::{Request, generate};
 use felid::model::{Cat, ForwardOptions, ModelConfig, ModelType, TransformerConfig};
 use felid::ops::{self, AdamWSettings};
 use felid::tensor::Tensor;
@@ -51,8 +51,8 @@ fn main() -> Result<()> {
     let prompt = Tokenizer::Bytes.encode(&TEXT[..16])?;
     let prompt = Tensor::ids(&prompt, &[1, prompt.len()])?;
     for chunk_size in round {
-        let options = GenerateOptions { max_new_tokens: 75, chunk_size: Some(chunk_size), ..Default::default() };
-        let text = Tokenizer::Bytes.decode(&generate(&model, &prompt, options)?.to_vec()?)?;
+        let like = Request { max_new_tokens: 75, chunk_size: Some(chunk_size), ..Default::default() };
+        let text = Tokenizer::Bytes.decode(&generate(&model, &prompt, &like)?.to_vec()?)?;
         println!("C {chunk_size}: {}|{text}", &TEXT[..16]);
     }
     Ok(())

@@ -1,5 +1,6 @@
-// The next token of every row of logits [rows, limit] (dense rows, `stride` apart), by temperature, top-k, top-p and a number
-// u in [0, 1); NaN counts as minus infinity. Nothing is differentiated, nothing saved; ids [rows] int64 are written.
+// The next token of every row of logits [rows, limit] (dense rows, `stride` apart), by temperature, top-k, min-p, top-p and a
+// number u in [0, 1), each row by its own; NaN counts as minus infinity. Nothing is differentiated, nothing saved; ids [rows]
+// int64 are written.
 //
 // Candidates are ordered as IEEE's total order has it, the likeliest first, of equals the lowest id: by `order_key`, unsigned
 // integers in the order of the floats, then by id. A candidate weighs e^((x - max) / temperature), taken in f64 and rounded to
@@ -9,6 +10,7 @@
 //
 //   greedy    temperature 0, top_k 1, or a maximum that is not finite: the first of the largest
 //   top-k     the first k candidates: the key of the k-th, and the last id among those that tie with it
+//   min-p     of these, those that weigh at least min_p, the largest weighing 1
 //   top-p     the fewest first candidates that weigh at least p of all; then the first whose cumulative weight, in that order,
 //             exceeds u times theirs. Without top-p the order is that of ids
 //
@@ -16,7 +18,12 @@
 // sums over the keys at or above three thresholds; `first_reaching` finds its id among equals, cutting the row in as many
 // pieces as there are warps, again and again.
 //
-// Launch: a block of 1024 threads a row. weights [rows, limit] is scratch, unless greedy.
+// penalize: before that, logits of tokens that occurred already are divided by the penalty where positive and multiplied where
+// not, in place, and rounded to T.
+// log_probs: log_softmax of a row at its id, and the `top` largest of it with their ids, of equals the lowest id first; the sum
+// is of integers as above.
+//
+// Launch: a block of 1024 threads a row. weights [rows, limit] is scratch, unless all rows are greedy.
 #include "rows.cuh"
 
 constexpr int BITS = 8 * sizeof(T);
@@ -114,12 +121,19 @@ template <typename F> DEVICE i64 first_reaching(i64 n, u64 wanted, F value, u64 
   return begin < n ? begin : n - 1;
 }
 
+// What a row is drawn by.
+struct How {
+  double temperature, top_p, min_p, uniform;
+  i64 top_k;
+};
+
 KERNEL __launch_bounds__(32 * WARPS, 1)
-sample(i64 *__restrict__ ids, u64 *weights, const T *__restrict__ logits, i64 stride, i64 limit, double temperature, i64 top_k,
-       double top_p, const double *__restrict__ uniforms, double scale) {
+sample(i64 *__restrict__ ids, u64 *weights, const T *__restrict__ logits, i64 stride, i64 limit, const How *__restrict__ how,
+       double scale) {
   __shared__ Largest largest[WARPS];
   __shared__ u64 shared[3 * WARPS];
   const T *row = logits + blockIdx.x * stride;
+  const auto [temperature, top_p, min_p, uniform, top_k] = how[blockIdx.x];
   weights += blockIdx.x * limit;
 
   Largest best = NOTHING;
@@ -142,8 +156,10 @@ sample(i64 *__restrict__ ids, u64 *weights, const T *__restrict__ logits, i64 st
   for (i64 i = threadIdx.x; i < limit; i += blockDim.x) {
     const u32 key = order_key(row[i]);
     u64 w = 0;
-    if (key > least || (key == least && i <= last))
-      w = __double2ull_rn(exp(((double)clean(row[i]) - (double)best.x) / temperature) * scale);
+    if (key > least || (key == least && i <= last)) {
+      const double x = exp(((double)clean(row[i]) - (double)best.x) / temperature);
+      if (x >= min_p) w = __double2ull_rn(x * scale);
+    }
     weights[i] = w;
     total[0] += w;
   }
@@ -164,7 +180,7 @@ sample(i64 *__restrict__ ids, u64 *weights, const T *__restrict__ logits, i64 st
     const u64 each = tied_weight(t);
     kept = t.above + tied_count(t, wanted, each) * each;
   }
-  u64 wanted = (u64)(uniforms[blockIdx.x] * (double)kept) + 1;
+  u64 wanted = (u64)(uniform * (double)kept) + 1;
   wanted = wanted > kept ? kept : wanted;
   i64 id;
   if (top_p < 1.0) {
@@ -174,4 +190,48 @@ sample(i64 *__restrict__ ids, u64 *weights, const T *__restrict__ logits, i64 st
     id = first_reaching(limit, wanted, weight, shared);
   }
   if (threadIdx.x == 0) ids[blockIdx.x] = id;
+}
+
+// lists [gridDim.x, words]: the row, the penalty (f32 bits), and a bit for each id.
+KERNEL penalize(T *logits, i64 stride, i64 limit, const u64 *__restrict__ lists, i64 words) {
+  lists += blockIdx.x * words;
+  T *row = logits + lists[0] * stride;
+  const float penalty = __uint_as_float((u32)lists[1]);
+  for (i64 i = threadIdx.x; i < limit; i += blockDim.x) {
+    if (!(lists[2 + i / 64] >> (i % 64) & 1)) continue;
+    const float x = to_f32(row[i]);
+    row[i] = from_f32<T>(x > 0.0f ? x / penalty : x * penalty);
+  }
+}
+
+// out [rows, 1 + 2 top], f64 but for the ids: the log-probability of ids[row], then (id, log-probability) of the likeliest.
+KERNEL __launch_bounds__(32 * WARPS, 1)
+log_probs(i64 *__restrict__ out, const T *__restrict__ logits, i64 stride, i64 limit, const i64 *__restrict__ ids, i64 top,
+          double scale) {
+  __shared__ Largest largest[WARPS];
+  __shared__ u64 shared[WARPS];
+  const T *row = logits + blockIdx.x * stride;
+  out += blockIdx.x * (1 + 2 * top);
+  const Team block = {(i64)blockIdx.x, (int)threadIdx.x, (int)blockDim.x};
+  Largest best = NOTHING;
+  for (i64 i = threadIdx.x; i < limit; i += blockDim.x) best = larger(best, {clean(row[i]), i});
+  best = team_largest(block, best, largest);
+  u64 total[1] = {};
+  for (i64 i = threadIdx.x; i < limit; i += blockDim.x)
+    total[0] += __double2ull_rn(exp((double)clean(row[i]) - (double)best.x) * scale);
+  block_totals(total, shared);
+  const double norm = (double)best.x + log((double)total[0] / scale);
+  if (threadIdx.x == 0) out[0] = __double_as_longlong((double)clean(row[ids[blockIdx.x]]) - norm);
+  for (i64 n = 0; n < top; n++) {
+    if (threadIdx.x == 0) {
+      out[1 + 2 * n] = best.at;
+      out[2 + 2 * n] = __double_as_longlong((double)best.x - norm);
+    }
+    Largest next = NOTHING;
+    for (i64 i = threadIdx.x; i < limit; i += blockDim.x) {
+      const float x = clean(row[i]);
+      if (x < best.x || (x == best.x && i > best.at)) next = larger(next, {x, i});
+    }
+    best = team_largest(block, next, largest);
+  }
 }

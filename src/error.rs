@@ -125,6 +125,14 @@ pub enum Error {
         /// What is missing, and what to do.
         detail: String,
     },
+    /// One of several requests that cannot be served.
+    #[error("request {row}: {source}")]
+    Request {
+        /// Its number, from 0.
+        row: usize,
+        /// What is wrong with it.
+        source: Box<Error>,
+    },
     /// Flags or arguments that do not fit together. The command exits with 2.
     #[error("{0}")]
     Usage(String),
@@ -171,6 +179,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Usage(_) => 2,
+            Self::Request { source, .. } => source.exit_code(),
             Self::Interrupted(_) => 130,
             _ => 1,
         }

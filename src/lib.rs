@@ -9,7 +9,7 @@
 //! ```
 //! use felid::autograd::Gradients;
 //! use felid::data::{BatchSampler, Dataset, Tokenizer};
-//! use felid::generate::{GenerateOptions, generate};
+//! use felid::generate::{Request, generate};
 //! use felid::model::{Cat, FolderFormat, ForwardOptions, ModelConfig, ModelType, TransformerConfig, load, save};
 //! use felid::ops::{self, AdamWSettings};
 //! use felid::tensor::Tensor;
@@ -50,8 +50,8 @@
 //! let model = load(dir.path(), None)?.model;
 //!
 //! let prompt = Tensor::ids(&Tokenizer::Bytes.encode("the cat ")?, &[1, 8])?;
-//! let options = GenerateOptions { max_new_tokens: 8, chunk_size: Some(4), ..Default::default() };
-//! let ids = generate(&model, &prompt, options)?;
+//! let like = Request { max_new_tokens: 8, chunk_size: Some(4), ..Default::default() };
+//! let ids = generate(&model, &prompt, &like)?;
 //! assert_eq!(ids.shape(), [1, 8]);
 //! println!("{}", Tokenizer::Bytes.decode(&ids.to_vec()?)?);
 //! # Ok::<(), felid::Error>(())

@@ -3,7 +3,7 @@
 use super::{Compute, parse_dtype};
 use clap::Args;
 use felid::eval::parity::evaluate;
-use felid::generate::{GenerateOptions, generate};
+use felid::generate::{Request, generate};
 use felid::model::formats::{read_safetensors, write_safetensors};
 use felid::model::{load, rename};
 use felid::ops::cast_tensor;
@@ -68,8 +68,8 @@ impl Logits {
             }
         }
         if let Some(max_new_tokens) = self.generate {
-            let options = GenerateOptions { max_new_tokens, chunk_size: self.chunk_size, ..Default::default() };
-            out.push(("generated".into(), generate(&model, ids, options)?));
+            let like = Request { max_new_tokens, chunk_size: self.chunk_size, ..Default::default() };
+            out.push(("generated".into(), generate(&model, ids, &like)?));
         }
         let borrowed: Vec<(&str, &Tensor)> = out.iter().map(|(n, t)| (n.as_str(), t)).collect();
         write_safetensors(&self.out, &borrowed, &BTreeMap::new())

@@ -19,6 +19,11 @@ pub fn json(value: &impl serde::Serialize) -> Result<()> {
     line(&serde_json::to_string_pretty(value).map_err(|e| Error::Config(e.to_string()))?)
 }
 
+/// Write a value to stdout as one line of JSON.
+pub fn json_line(value: &impl serde::Serialize) -> Result<()> {
+    line(&serde_json::to_string(value).map_err(|e| Error::Config(e.to_string()))?)
+}
+
 fn stdout_error(source: std::io::Error) -> Error {
     Error::Io { action: "write to", path: "stdout".into(), source }
 }

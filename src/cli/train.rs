@@ -4,10 +4,10 @@ use super::{Compute, interrupts, parse_dtype, print};
 use clap::Args;
 use felid::data::Tokenizer;
 use felid::eval::Quality;
-use felid::generate::{GenerateOptions, Generator};
+use felid::generate::{Generator, Request};
 use felid::model::formats::write_atomically;
 use felid::ops::Sampling;
-use felid::tensor::{DType, Device, Tensor};
+use felid::tensor::{DType, Device};
 use felid::train::{StepReport, Task, TrainConfig, Trainer};
 use felid::{Error, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -261,21 +261,20 @@ fn samples(trainer: &Trainer) -> Result<()> {
         [first, .., last] => vec![first, last],
     };
     for chunk_size in picked {
-        let options = GenerateOptions {
-            max_new_tokens: model.config().block_size.min(c.seq_len) + 1 - prompt.len(),
+        let request = Request {
             chunk_size,
             sampling: Sampling { temperature: 0.8, ..Default::default() },
             seed: c.seed,
-            vocab_limit: Some(trainer.tokenizer.vocab_size()),
+            ..Request::new(prompt.clone(), model.config().block_size.min(c.seq_len) + 1 - prompt.len())
         };
         let at = chunk_size.map_or(String::new(), |c| format!(", chunk size {c}"));
         print::line(&format!("\n--- sample{at} (the first {} tokens are the prompt)", prompt.len()))?;
-        let mut stream = trainer.tokenizer.decode_stream();
         print::text(&trainer.tokenizer.decode(&prompt)?)?;
-        for turn in Generator::new(model, &Tensor::ids(&prompt, &[1, prompt.len()])?, options)? {
-            print::text(&stream.push(turn?[0])?)?;
+        let generator = Generator::new(model).with_tokenizer(trainer.tokenizer.clone());
+        for event in generator.start(vec![request])? {
+            print::text(&event?.text)?;
         }
-        print::line(&stream.finish()?)?;
+        print::line("")?;
     }
     Ok(())
 }

@@ -138,6 +138,12 @@ impl Gpu {
     pub(super) fn bind(&self) -> Result<()> {
         check(self.ordinal, "use the device on this thread", self.context.bind_to_thread())
     }
+    /// Bytes that could be taken: free on the device, or in pieces that the pool keeps.
+    pub fn free_memory(&self) -> Option<usize> {
+        let (free, _) = self.context.mem_get_info().ok()?;
+        let held = self.memory_stats();
+        Some(free + held.reserved.saturating_sub(held.current))
+    }
     /// Device memory held by tensors, and what the pool keeps.
     pub fn memory_stats(&self) -> super::CudaMemory {
         self.memory.stats()

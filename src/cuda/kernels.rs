@@ -51,6 +51,7 @@ kernels! {
     attention_sm90_rows: ["bf16" "f16"] ["HEAD_DIM=64" "HEAD_DIM=128"] => attention_backward_rows_sm90;
     attention_sm90_keys: ["bf16" "f16"] ["HEAD_DIM=64" "HEAD_DIM=128"] => attention_backward_keys_sm90;
     attention_sum: ["float" "bf16" "f16"] [] => attention_backward_sum;
+    cached_attention: ["float" "bf16" "f16"] [] => cached_attention;
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
     adamw: ["float" "bf16" "f16"] [] => adamw_squares, adamw_norm, adamw_update;
     assemble_blocks: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => assemble_blocks, assemble_blocks_backward,
@@ -74,9 +75,10 @@ kernels! {
     max: ["float" "bf16" "f16"] [] => max_forward, max_backward;
     reduce: ["float" "bf16" "f16"] [] => sum_rows, sum_rows_partial, sum_rows_finish, sum_columns, sum_columns_partial,
         sum_columns_finish;
-    sample: ["float" "bf16" "f16"] [] => sample;
+    sample: ["float" "bf16" "f16"] [] => sample, penalize, log_probs;
     scatter: ["float" "bf16" "f16"] [] => scatter_add, scatter_add_float, scatter_add_packed, scatter_add_float_packed;
     softmax: ["float" "bf16" "f16"] [] => softmax_forward, softmax_backward;
+    write_rows: ["float" "bf16" "f16" "i64"] [] => write_rows, write_rows_packed;
     gemm: ["bf16" "f16"] ["GEMM=0" "GEMM=1" "GEMM=2" "GEMM=3" "GEMM=4" "GEMM=5" "GEMM=6" "GEMM=7"] =>
         gemm_128x256, gemm_128x128, gemm_64x64, gemm_any, gemm_sum;
     gemm_f32: ["float"] ["GEMM=0" "GEMM=1" "GEMM=2" "GEMM=3"] => gemm_128x128, gemm_64x64, gemm_any, gemm_sum;

@@ -11,8 +11,8 @@ const PATIENCE: usize = 64;
 /// For bytes and byte-level files the pieces joined are exactly [`Tokenizer::decode`] of all ids. Other decoders see the
 /// ids of the previous piece as context; there the same holds for texts without U+FFFD.
 #[derive(Clone, Debug)]
-pub struct DecodeStream<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct DecodeStream {
+    tokenizer: Tokenizer,
     /// Bytes of a character that is not complete: at most 3.
     pending: Vec<u8>,
     /// Where ids decode only together: `context` ids whose text is out, then those whose text is not.
@@ -20,9 +20,9 @@ pub struct DecodeStream<'a> {
     context: usize,
 }
 
-impl<'a> DecodeStream<'a> {
-    pub(super) fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self { tokenizer, pending: Vec::new(), ids: Vec::new(), context: 0 }
+impl DecodeStream {
+    pub(super) fn new(tokenizer: &Tokenizer) -> Self {
+        Self { tokenizer: tokenizer.clone(), pending: Vec::new(), ids: Vec::new(), context: 0 }
     }
     /// The text that this id completes; often empty. Errors, and changes nothing, if the id is no token.
     pub fn push(&mut self, id: i64) -> Result<String> {

@@ -172,7 +172,7 @@ impl Tokenizer {
         }
     }
     /// Decodes ids one at a time, as they are generated.
-    pub fn decode_stream(&self) -> DecodeStream<'_> {
+    pub fn decode_stream(&self) -> DecodeStream {
         DecodeStream::new(self)
     }
 

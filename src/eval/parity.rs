@@ -4,7 +4,7 @@
 //! `expect.safetensors` beside it. Metadata `cases` lists the cases; tensors `case.i.*` are their inputs and answers.
 
 use crate::autograd::Gradients;
-use crate::generate::{GenerateOptions, generate};
+use crate::generate::{Request, generate};
 use crate::model::formats::read_safetensors;
 use crate::model::{Cat, FolderFormat, ForwardOptions, ModelConfig, load, rename};
 use crate::ops;
@@ -155,8 +155,8 @@ impl Golden {
             None => None,
             Some(want) => {
                 let max_new_tokens = want.shape().last().copied().unwrap_or(0);
-                let options = GenerateOptions { max_new_tokens, chunk_size, ..Default::default() };
-                Some(generate(model, ids, options)?.to_vec::<i64>()? == want.to_vec::<i64>()?)
+                let like = Request { max_new_tokens, chunk_size, ..Default::default() };
+                Some(generate(model, ids, &like)?.to_vec::<i64>()? == want.to_vec::<i64>()?)
             }
         };
         // in 16 bits near ties may fall either way, so tokens are shown but not judged

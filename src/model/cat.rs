@@ -1,13 +1,12 @@
 //! The one model: dense, fixed CAT, adaptive CAT, CAT as a layer and hybrids are configurations of it.
 
-use super::cat_layer::CatLayer;
+use super::cache::plan_of;
 use super::compressor::Compressor;
 use super::config::{ModelConfig, ModelType};
-use super::kv_cache::LayerCache;
 use super::layers::{Pass, Stack, linear_init};
 use super::param::{Builder, Param};
 use super::plan::ChunkPlan;
-use crate::autograd::{Var, no_grad};
+use crate::autograd::Var;
 use crate::memory::{Category, counted_as};
 use crate::ops::{self, Mask, RopeTable, concat, expand, narrow, reshape};
 use crate::tensor::{DType, Device, Tensor, check_memory};
@@ -31,16 +30,16 @@ pub struct ForwardOptions {
 #[derive(Clone, Debug)]
 pub struct Cat {
     config: ModelConfig,
-    chunks: Option<Chunks>,
-    wte: Param,
-    decoder: Stack,
-    output: Param,
+    pub(super) chunks: Option<Chunks>,
+    pub(super) wte: Param,
+    pub(super) decoder: Stack,
+    pub(super) output: Param,
 }
 
 /// What a CAT has beside a dense model (sections 2 and 3).
 #[derive(Clone, Debug)]
-struct Chunks {
-    f: Compressor,
+pub(super) struct Chunks {
+    pub(super) f: Compressor,
     dummy_fx: Param,
     separator: Option<Param>,
 }
@@ -144,9 +143,9 @@ impl Cat {
     }
     /// The decoder's normed output, ids `[B, N]` -> `[B, N, D]`.
     pub fn hidden(&self, ids: &Tensor, options: ForwardOptions) -> Result<Var> {
-        let (_, n) = self.check_ids(ids, 0)?;
+        let (_, n) = self.check_ids(ids)?;
         let chunk = self.config.resolve_chunk_size(options.chunk_size)?;
-        let (x, mut pass) = match self.plan(chunk, n) {
+        let (x, mut pass) = match plan_of(&self.config, chunk, n) {
             Some(plan) if self.chunks.is_some() => {
                 let tokens = ops::embedding(ids, &self.wte)?;
                 let slots = self.slots(ids, plan.full_chunks(), chunk, options.recompute)?;
@@ -155,39 +154,30 @@ impl Cat {
                 pass.keep = Some(plan.outputs());
                 (x, pass)
             }
-            plan => (ops::embedding(ids, &self.wte)?, self.token_pass(plan, 0, n)?),
+            plan => (ops::embedding(ids, &self.wte)?, self.token_pass(plan, n)?),
         };
         pass.recompute = options.recompute;
         self.decoder.forward(&x, &pass)
     }
 
-    /// The layout of N tokens in chunks; `None` for a dense model.
-    fn plan(&self, chunk: usize, tokens: usize) -> Option<ChunkPlan> {
-        let header = match self.config.model_type {
-            ModelType::Transformer => return None,
-            ModelType::CatAdaptive => 2,
-            ModelType::Cat | ModelType::CatLayer => 1,
-        };
-        Some(ChunkPlan { chunk, header, tokens })
-    }
-    /// A pass over plain tokens at positions `from..from+n` (dense models and `cat_layer` ones).
-    fn token_pass(&self, layer_plan: Option<ChunkPlan>, from: usize, n: usize) -> Result<Pass> {
-        let positions: Vec<usize> = (from..from + n).collect();
+    /// A pass over plain tokens at positions `0..n` (dense models and `cat_layer` ones).
+    fn token_pass(&self, layer_plan: Option<ChunkPlan>, n: usize) -> Result<Pass> {
+        let positions: Vec<usize> = (0..n).collect();
         let mut pass = Pass::new(self.rope(&positions)?, Mask::Causal);
         pass.layer_plan = match layer_plan {
-            Some(plan) => Some((plan, CatLayer::rope(&self.config, &plan.positions())?)),
+            Some(plan) => Some((plan, self.rope(&plan.positions())?)),
             None => None,
         };
         Ok(pass)
     }
-    fn rope(&self, positions: &[usize]) -> Result<RopeTable> {
+    pub(super) fn rope(&self, positions: &[usize]) -> Result<RopeTable> {
         RopeTable::new(positions, self.config.decoder.head_dim(), self.config.decoder.rope_base)
     }
-    fn separator(&self) -> Option<&Var> {
+    pub(super) fn separator(&self) -> Option<&Var> {
         self.chunks.as_ref().and_then(|c| c.separator.as_deref())
     }
     /// dummy_fx and the representations of the first `k` chunks: `[B, k+1, D]`.
-    fn slots(&self, ids: &Tensor, k: usize, chunk: usize, recompute: bool) -> Result<Var> {
+    pub(super) fn slots(&self, ids: &Tensor, k: usize, chunk: usize, recompute: bool) -> Result<Var> {
         let Some(c) = &self.chunks else { return Err(Error::config("a dense model has no chunks")) };
         let (b, d) = (ids.dim(0), self.config.decoder.dim);
         let row = self.config.table_row(chunk);
@@ -195,147 +185,20 @@ impl Cat {
         if k == 0 {
             return Ok(dummy);
         }
-        let fx = c.f.forward(&ids.narrow(1, 0, k * chunk)?, chunk, row, 0, recompute)?;
+        let fx = c.f.forward(&ids.narrow(1, 0, k * chunk)?, chunk, row, recompute)?;
         concat(&[&dummy, &fx], 1)
     }
-    /// (B, N) of ids, checked: rank 2, int64, not empty, `before + N` within block_size.
-    fn check_ids(&self, ids: &Tensor, before: usize) -> Result<(usize, usize)> {
+    /// (B, N) of ids, checked: rank 2, int64, not empty, N within block_size.
+    fn check_ids(&self, ids: &Tensor) -> Result<(usize, usize)> {
         let &[b, n] = ids.shape() else {
             return Err(Error::shape("model", format!("ids must be [batch, tokens], got {:?}", ids.shape())));
         };
         if b == 0 || n == 0 {
             return Err(Error::empty("the input", "give at least one token"));
         }
-        if before + n > self.config.block_size {
-            return Err(Error::Length { len: before + n, block_size: self.config.block_size });
+        if n > self.config.block_size {
+            return Err(Error::Length { len: n, block_size: self.config.block_size });
         }
         Ok((b, n))
-    }
-
-    // ---- with a cache (spec section 5) ----
-
-    /// Read a prompt, ids `[B, P]`: the logits of the next token, `[B, V]`, and the cache to go on with, which has room
-    /// for `P + more` tokens.
-    pub fn prefill(&self, ids: &Tensor, chunk_size: Option<usize>, more: usize) -> Result<(Tensor, Cache)> {
-        let (b, n) = self.check_ids(ids, 0)?;
-        let chunk = self.config.resolve_chunk_size(chunk_size)?;
-        let room = n.saturating_add(more).min(self.config.block_size);
-        let mut cache = Cache { batch: b, chunk, tokens: n, room, pending: None, layers: Vec::new() };
-        no_grad(|| {
-            let plan = self.plan(chunk, n);
-            let rows = match &self.chunks {
-                Some(_) => room / chunk + 1 + chunk + 1,
-                None => room,
-            };
-            cache.layers = counted_as(Category::Cache, || {
-                self.decoder.blocks.iter().map(|l| l.new_cache(b, rows, room, chunk)).collect::<Result<_>>()
-            })?;
-            let (x, mut pass, slots) = match plan {
-                Some(plan) if self.chunks.is_some() => {
-                    // slots see slots, the open block's rows see slots and one another: nothing else need be computed
-                    let (k, full) = (plan.full_chunks(), plan.full_chunks() * chunk);
-                    let slots = self.slots(ids, k, chunk, false)?;
-                    let mut parts = vec![slots];
-                    parts.extend(self.separator_rows(b)?);
-                    if plan.tail() > 0 {
-                        let tail = ids.narrow(1, full, plan.tail())?;
-                        parts.push(ops::embedding(&tail, &self.wte)?);
-                        cache.pending = Some(tail.copy()?);
-                    }
-                    let positions: Vec<usize> = (0..=k).map(|_| 0).chain(1..plan.header + plan.tail()).collect();
-                    let x = concat(&parts.iter().collect::<Vec<_>>(), 1)?;
-                    (x, Pass::new(self.rope(&positions)?, Mask::Causal), k + 1)
-                }
-                plan => (ops::embedding(ids, &self.wte)?, self.token_pass(plan, 0, n)?, 0),
-            };
-            pass.keep = Some(vec![x.shape()[1] - 1]);
-            let h = self.decoder.forward_cached(&x, &pass, &mut cache.layers, slots)?;
-            Ok((self.last_logits(&h)?, cache))
-        })
-    }
-
-    /// Append one token a row, ids `[B]`: the logits of the next, `[B, V]`. Ids that cannot be appended leave the cache
-    /// as it was.
-    pub fn step(&self, ids: &Tensor, cache: &mut Cache) -> Result<Tensor> {
-        let ids = ids.reshape(&[ids.numel(), 1])?;
-        let (b, _) = self.check_ids(&ids, cache.tokens)?;
-        if b != cache.batch {
-            return Err(Error::shape("step", format!("{b} tokens for a cache of {} rows: give one a row", cache.batch)));
-        }
-        if cache.tokens >= cache.room {
-            let room = cache.room;
-            return Err(Error::shape(
-                "step",
-                format!("the cache has room for {room} tokens: make room for more in prefill"),
-            ));
-        }
-        no_grad(|| {
-            let plan = self.plan(cache.chunk, 1);
-            // before anything in the cache changes: this checks the ids
-            let token = ops::embedding(&ids, &self.wte)?;
-            let (x, mut pass, slots) = match (&self.chunks, plan) {
-                (Some(c), Some(plan)) => {
-                    let pending = match cache.pending.take() {
-                        Some(p) => ops::concat(&[&p.into(), &ids.clone().into()], 1)?.into_value(),
-                        None => ids.clone(),
-                    };
-                    let n = pending.dim(1);
-                    if n == plan.chunk {
-                        // the block is full: its last token need not run, the representation takes its place
-                        let row = self.config.table_row(plan.chunk);
-                        let fx = c.f.forward(&pending, plan.chunk, row, cache.tokens / plan.chunk, false)?;
-                        let mut parts = vec![fx];
-                        parts.extend(self.separator_rows(b)?);
-                        let positions: Vec<usize> = (0..plan.header).collect();
-                        let x = concat(&parts.iter().collect::<Vec<_>>(), 1)?;
-                        (x, Pass::new(self.rope(&positions)?, Mask::Causal), 1)
-                    } else {
-                        cache.pending = Some(pending);
-                        let position = [plan.header - 1 + n];
-                        (token, Pass::new(self.rope(&position)?, Mask::Causal), 0)
-                    }
-                }
-                (_, layer_plan) => (token, self.token_pass(layer_plan, cache.tokens, 1)?, 0),
-            };
-            pass.keep = Some(vec![x.shape()[1] - 1]);
-            let h = self.decoder.forward_cached(&x, &pass, &mut cache.layers, slots)?;
-            cache.tokens += 1;
-            self.last_logits(&h)
-        })
-    }
-
-    /// The separator for each row of a batch, `[B, 1, D]`, in models that have one.
-    fn separator_rows(&self, batch: usize) -> Result<Option<Var>> {
-        let d = self.config.decoder.dim;
-        self.separator().map(|s| expand(&reshape(s, &[1, 1, d])?, &[batch, 1, d])).transpose()
-    }
-    /// `[B, 1, D]` -> `[B, V]`.
-    fn last_logits(&self, h: &Var) -> Result<Tensor> {
-        let y = ops::linear(h, &self.output, None)?.into_value();
-        y.reshape(&[y.dim(0), y.last_dim()])
-    }
-}
-
-/// What generation keeps of the past (spec section 5).
-#[derive(Clone, Debug)]
-pub struct Cache {
-    batch: usize,
-    chunk: usize,
-    tokens: usize,
-    /// Tokens that fit.
-    room: usize,
-    /// Ids of the block that is not full yet, `[B, n]`.
-    pending: Option<Tensor>,
-    layers: Vec<LayerCache>,
-}
-
-impl Cache {
-    /// Tokens read so far.
-    pub fn tokens(&self) -> usize {
-        self.tokens
-    }
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        self.layers.iter().map(LayerCache::bytes).sum()
     }
 }

@@ -1,12 +1,14 @@
 //! CAT as a layer (spec section 4): attention over chunk representations inside one block of a transformer.
 
 use super::config::{CAT_LAYER_HEAD_DIM, ModelConfig};
-use super::kv_cache::{CatLayerCache, LayerCache};
+use super::cache::CacheSize;
+use super::kv_cache::{CachedPass, CatLayerCache, LayerCache};
 use super::layers::{Attention, AttentionShape, Pass, linear_init};
 use super::param::{Builder, Init, Param};
 use super::plan::ChunkPlan;
 use crate::autograd::Var;
-use crate::ops::{self, Mask, RopeTable, concat};
+use crate::ops::{self, RopeTable, concat};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 /// Maps `[B, N, dim]` to `[B, N, dim]`, each output seeing its own chunk's tokens and all past chunks' representations.
@@ -19,9 +21,6 @@ pub struct CatLayer {
     attention: Attention,
     final_proj: Param,
     chunk_max: usize,
-    /// Elements of each head that RoPE turns.
-    rope_n_elem: usize,
-    rope_base: f64,
 }
 
 impl CatLayer {
@@ -39,14 +38,7 @@ impl CatLayer {
             attention: b.at("attention", |b| Attention::new(b, shape, &m.decoder))?,
             final_proj: b.param("final_proj.weight", &[dim, dim_fx], linear_init(dim))?,
             chunk_max: chunk,
-            rope_n_elem: m.decoder.head_dim(),
-            rope_base: m.decoder.rope_base,
         })
-    }
-
-    /// The angle table for rows at `positions` of their blocks.
-    pub fn rope(m: &ModelConfig, positions: &[usize]) -> Result<RopeTable> {
-        RopeTable::new(positions, m.decoder.head_dim(), m.decoder.rope_base)
     }
 
     /// Whole chunks of x, `[B, K*C, dim]` -> their representations `[B, K, dim_fx]`.
@@ -74,39 +66,46 @@ impl CatLayer {
 
     pub fn forward(&self, x: &Var, pass: &Pass) -> Result<Var> {
         let (plan, rope) = layer_plan(pass)?;
-        let y = self.attention.forward(&self.sequence(x, plan)?, rope, plan.mask(), Some(&plan.outputs()), None)?;
+        let y = self.attention.forward(&self.sequence(x, plan)?, rope, plan.mask(), Some(&plan.outputs()))?;
         ops::linear(&y, &self.final_proj, None)
     }
 
-    pub fn new_cache(&self, batch: usize, tokens: usize, chunk: usize) -> Result<LayerCache> {
-        let kv = self.attention.new_cache(batch, tokens / chunk + 1 + chunk)?;
-        Ok(LayerCache::Cat(CatLayerCache { kv, pending: None }))
+    pub fn new_cache(&self, size: CacheSize) -> Result<LayerCache> {
+        let like = self.expand.value();
+        let open = Tensor::zeros(&[1, size.open_rows, like.dim(1)], like.dtype(), like.device())?;
+        Ok(LayerCache::Cat(CatLayerCache { kv: self.attention.new_cache(size.layer_rows)?, open }))
+    }
+    pub fn cache_elements(&self, size: CacheSize) -> u128 {
+        let (row, open) = (self.attention.row_elements() as u128, self.expand.shape()[1] as u128);
+        row * size.layer_rows as u128 + open * size.open_rows as u128
     }
 
-    /// New rows x `[B, n, dim]`: a whole prompt into an empty cache, or one token after it.
-    pub fn forward_cached(&self, x: &Var, pass: &Pass, cache: &mut LayerCache) -> Result<Var> {
+    /// New rows x: whole prompts `[B, n, dim]`, or the newest tokens of any texts, `[1, R, dim]`.
+    pub fn forward_cached(&self, x: &Var, pass: &Pass, cache: &mut CatLayerCache, cached: &CachedPass) -> Result<Var> {
+        let Some(layer) = &cached.layer else { return Err(Error::config("a CAT layer outside a cat_layer model")) };
         let (plan, rope) = layer_plan(pass)?;
-        let Some(cache) = cache.cat() else { return Err(Error::config("cache of another kind of layer")) };
-        let y = if cache.kv.is_empty() {
-            let full = plan.full_chunks() * plan.chunk;
-            cache.pending = (plan.tail() > 0).then(|| x.value().narrow(1, full, plan.tail())?.copy()).transpose()?;
-            self.attention.forward_filling(&self.sequence(x, plan)?, rope, plan, &mut cache.kv)?
-        } else {
-            let pending = match cache.pending.take() {
-                Some(p) => concat(&[&p.into(), x], 1)?,
-                None => x.clone(),
-            };
-            let n = pending.shape()[1];
-            // the token that fills its chunk is replaced by the chunk's representation, at position 0
-            let (row, position, slots) = match n == plan.chunk {
-                true => (self.compress(&pending, plan.chunk)?, 0, 1),
-                false => (ops::linear(x, &self.expand, None)?, n, 0),
-            };
-            if slots == 0 {
-                cache.pending = Some(pending.value().clone());
+        let &[b, n, dim] = x.shape() else { return Err(Error::shape("cat_layer", "rows need three dimensions")) };
+        let new = x.value().reshape(&[b, 1, n, dim])?;
+        let y = if cached.prompt {
+            if plan.tail() > 0 {
+                let tail = new.narrow(2, plan.full_chunks() * plan.chunk, plan.tail())?;
+                ops::write_rows(&mut cache.open, &tail, &layer.open)?;
             }
-            let rope = RopeTable::new(&[position], self.rope_n_elem, self.rope_base)?;
-            self.attention.forward(&row, &rope, Mask::Causal, None, Some((&mut cache.kv, slots)))?
+            let to = (&mut cache.kv, &layer.rows, Some(&layer.kept[..]));
+            self.attention.forward_cached(&self.sequence(x, plan)?, rope, Some(plan.mask()), Some(&plan.outputs()), to)?
+        } else {
+            ops::write_rows(&mut cache.open, &new, &layer.open)?;
+            let mut rows = ops::linear(x, &self.expand, None)?;
+            if !layer.full.is_empty() {
+                // the tokens that fill their chunks are replaced by the chunks' representations
+                let open = Var::constant(cache.open.clone());
+                let mut parts = vec![rows];
+                for full in &layer.full {
+                    parts.push(self.compress(&ops::index_select(&open, 1, &full.inputs)?, full.chunk)?);
+                }
+                rows = ops::index_select(&concat(&parts.iter().collect::<Vec<_>>(), 1)?, 1, &layer.order)?;
+            }
+            self.attention.forward_cached(&rows, rope, None, None, (&mut cache.kv, &layer.rows, None))?
         };
         ops::linear(&y, &self.final_proj, None)
     }

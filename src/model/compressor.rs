@@ -44,14 +44,25 @@ impl Compressor {
         })
     }
 
-    /// ids `[B, K*C]` -> `[B, K, D]`. `row` is the chunk size's row in the adaptive table; `first` the index of the
-    /// first chunk in its text.
-    pub fn forward(&self, ids: &Tensor, chunk: usize, row: usize, first: usize, recompute: bool) -> Result<Var> {
+    /// ids `[B, K*C]`, whole texts from their beginnings -> `[B, K, D]`. `row` is the chunk size's row in the adaptive table.
+    pub fn forward(&self, ids: &Tensor, chunk: usize, row: usize, recompute: bool) -> Result<Var> {
+        let (b, k) = (ids.dim(0), ids.dim(1) / chunk);
+        let d = self.wte.shape()[1];
+        let place = expand(&reshape(&narrow(&self.pos_tokens, 0, 0, k)?, &[1, k, 1, d])?, &[b, k, 1, d])?;
+        self.compress(ids, place, chunk, row, recompute)
+    }
+    /// Chunks of any texts, ids `[R, C]`, the first chunk of a text being number 0 -> `[R, 1, D]`.
+    pub fn forward_chunks(&self, ids: &Tensor, numbers: &[usize], chunk: usize, row: usize) -> Result<Var> {
+        let (r, d) = (ids.dim(0), self.wte.shape()[1]);
+        let place = reshape(&ops::index_select(&self.pos_tokens, 0, numbers)?, &[r, 1, 1, d])?;
+        self.compress(ids, place, chunk, row, false)
+    }
+
+    /// ids `[B, K*C]` and the chunks' place tokens `[B, K, 1, Df]` -> `[B, K, D]`.
+    fn compress(&self, ids: &Tensor, place: Var, chunk: usize, row: usize, recompute: bool) -> Result<Var> {
         let (b, k) = (ids.dim(0), ids.dim(1) / chunk);
         let d = self.wte.shape()[1];
         let tokens = reshape(&ops::embedding(ids, &self.wte)?, &[b, k, chunk, d])?;
-        let place = narrow(&self.pos_tokens, 0, first, k)?;
-        let place = expand(&reshape(&place, &[1, k, 1, d])?, &[b, k, 1, d])?;
         let mut parts = Vec::with_capacity(3);
         if let Some(table) = &self.adaptive_token {
             parts.push(expand(&reshape(&narrow(table, 0, row, 1)?, &[1, 1, 1, d])?, &[b, k, 1, d])?);

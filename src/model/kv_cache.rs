@@ -1,57 +1,44 @@
-//! The compressed cache of spec section 5: per layer, the keys and values of one slot a past chunk, and of the current
-//! block's rows. At most K + C + 2 rows instead of N.
+//! What one layer keeps of the past (spec section 5), of all texts of a cache in one run of rows.
 
-use crate::ops;
+use crate::Result;
+use crate::ops::{self, CacheRows};
 use crate::tensor::Tensor;
-use crate::{Error, Result};
 
-/// Keys and values of one attention, `[B, Hkv, rows, d]` each: slots first, then the current block's local rows.
+/// Keys and values of one attention, `[Hkv, T, d]` each. Which text a row belongs to, the [`Cache`](super::Cache) knows.
 ///
-/// A new slot ends the block: local rows are dropped and the slot takes the place of the first of them, so that what is
-/// kept always lies in one run, in the order that causal attention wants.
+/// A text's rows lie in one run: slots first, then the current block's local rows. A new slot ends the block and takes the
+/// place of the first local row, so what a row sees is always a run that ends with itself.
 #[derive(Clone, Debug)]
 pub struct KvCache {
     k: Tensor,
     v: Tensor,
-    slots: usize,
-    len: usize,
 }
 
 impl KvCache {
     /// Room for `rows` rows, in the dtype and on the device of `like`.
-    pub fn new(batch: usize, kv_heads: usize, rows: usize, head_dim: usize, like: &Tensor) -> Result<Self> {
-        let zeros = || Tensor::zeros(&[batch, kv_heads, rows, head_dim], like.dtype(), like.device());
-        Ok(Self { k: zeros()?, v: zeros()?, slots: 0, len: 0 })
+    pub fn new(kv_heads: usize, rows: usize, head_dim: usize, like: &Tensor) -> Result<Self> {
+        let zeros = || Tensor::zeros(&[kv_heads, rows, head_dim], like.dtype(), like.device());
+        Ok(Self { k: zeros()?, v: zeros()? })
     }
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-    /// Bytes held, rows not yet filled included.
     pub fn bytes(&self) -> usize {
-        (self.k.numel() + self.v.numel()) * self.k.dtype().size()
+        bytes(&self.k) + bytes(&self.v)
     }
-    /// Append rows `[B, Hkv, n, d]`, the first `new_slots` of them slots; returns views of all kept keys and values.
-    pub fn append(&mut self, k: &Tensor, v: &Tensor, new_slots: usize) -> Result<(Tensor, Tensor)> {
-        if new_slots > 0 {
-            self.len = self.slots;
-        }
-        let end = self.len + k.dim(2);
-        if end > self.k.dim(2) {
-            return Err(Error::shape("kv_cache", format!("{end} rows do not fit the {} made room for", self.k.dim(2))));
-        }
-        ops::write_rows(&mut self.k, k, self.len)?;
-        ops::write_rows(&mut self.v, v, self.len)?;
-        self.len = end;
-        self.slots += new_slots;
-        Ok((self.k.narrow(2, 0, end)?, self.v.narrow(2, 0, end)?))
+    /// New rows of k and v, `[B, Hkv, n, d]`, at their places.
+    pub fn write(&mut self, k: &Tensor, v: &Tensor, rows: &CacheRows) -> Result<()> {
+        ops::write_rows(&mut self.k, k, rows)?;
+        ops::write_rows(&mut self.v, v, rows)
+    }
+    /// Queries of new rows, `[B, H, n, d]`, against what each of them sees.
+    pub fn attend(&self, q: &Tensor, rows: &CacheRows, scale: f64) -> Result<Tensor> {
+        ops::cached_attention(q, &self.k, &self.v, rows, scale)
     }
 }
 
-/// What a CAT layer keeps: its rows, and the inputs of the chunk that is not full yet, `[B, n, dim]`.
+/// What a CAT layer keeps: its rows, and the inputs of chunks that are not full yet, `[1, T', dim]`.
 #[derive(Clone, Debug)]
 pub struct CatLayerCache {
     pub kv: KvCache,
-    pub pending: Option<Tensor>,
+    pub open: Tensor,
 }
 
 /// The cache of one block.
@@ -62,22 +49,49 @@ pub enum LayerCache {
 }
 
 impl LayerCache {
-    pub(super) fn kv(&mut self) -> Option<&mut KvCache> {
-        match self {
-            Self::Kv(kv) => Some(kv),
-            Self::Cat(_) => None,
-        }
-    }
-    pub(super) fn cat(&mut self) -> Option<&mut CatLayerCache> {
-        match self {
-            Self::Cat(c) => Some(c),
-            Self::Kv(_) => None,
-        }
-    }
     pub fn bytes(&self) -> usize {
         match self {
             Self::Kv(kv) => kv.bytes(),
-            Self::Cat(c) => c.kv.bytes() + c.pending.as_ref().map_or(0, |p| p.numel() * p.dtype().size()),
+            Self::Cat(c) => c.kv.bytes() + bytes(&c.open),
         }
     }
+}
+
+fn bytes(t: &Tensor) -> usize {
+    t.numel() * t.dtype().size()
+}
+
+/// Where the new rows of a pass through cached layers go.
+#[derive(Clone, Debug)]
+pub struct CachedPass {
+    /// Of dense attention: one a row of the pass.
+    pub rows: CacheRows,
+    /// The rows are whole texts from their beginnings, `[B, L, D]`, which see one another under the pass's mask and nothing
+    /// else. If not, they are the newest rows of any texts, `[1, R, D]`.
+    pub prompt: bool,
+    /// Of CAT layers, in models that have them.
+    pub layer: Option<LayerPass>,
+}
+
+/// Where the rows inside CAT layers go.
+#[derive(Clone, Debug)]
+pub struct LayerPass {
+    /// One a row that is kept.
+    pub rows: CacheRows,
+    /// Of a prompt: the rows of each sequence that are kept.
+    pub kept: Vec<usize>,
+    /// Where the inputs of chunks that are not full go, those included that fill them now.
+    pub open: CacheRows,
+    /// Of new rows: the chunks that they fill.
+    pub full: Vec<FullChunks>,
+    /// Where the rows come from, if chunks are filled: row r of the pass, or number `R + i` of the filled ones.
+    pub order: Vec<usize>,
+}
+
+/// Chunks of one size whose inputs are all there.
+#[derive(Clone, Debug)]
+pub struct FullChunks {
+    pub chunk: usize,
+    /// The places of their inputs, a chunk after the other.
+    pub inputs: Vec<usize>,
 }

@@ -1,13 +1,14 @@
 //! The building blocks of every model (spec section 1): attention, SwiGLU, and the pre-norm block around them.
 
+use super::cache::CacheSize;
 use super::cat_layer::CatLayer;
 use super::config::{LayerType, ModelConfig, TransformerConfig};
-use super::kv_cache::{KvCache, LayerCache};
+use super::kv_cache::{CachedPass, KvCache, LayerCache};
 use super::param::{Builder, Init, Param};
 use super::plan::ChunkPlan;
-use crate::Result;
 use crate::autograd::{Var, recompute};
-use crate::ops::{self, Mask, QkNorm, RopeTable};
+use crate::ops::{self, CacheRows, Mask, QkNorm, RopeTable};
+use crate::{Error, Result};
 
 /// Initial scale of linear and embedding weights: `sqrt(2 / (5 dim))`.
 pub(super) fn linear_init(dim: usize) -> Init {
@@ -85,37 +86,39 @@ impl Attention {
     }
 
     /// x `[B, L, D]` -> `[B, L', D]`: all rows, or those listed in `keep`.
-    ///
-    /// With a cache, x are new rows, the first `new_slots` of them chunk representations; they attend to what the
-    /// cache keeps and to one another causally, and `mask` is not used.
-    pub fn forward(
-        &self,
-        x: &Var,
-        rope: &RopeTable,
-        mask: Mask,
-        keep: Option<&[usize]>,
-        cache: Option<(&mut KvCache, usize)>,
-    ) -> Result<Var> {
-        let [q, mut k, mut v] = self.qkv(x, rope)?;
-        let mut mask = mask;
-        if let Some((cache, new_slots)) = cache {
-            let (keys, values) = cache.append(k.value(), v.value(), new_slots)?;
-            (k, v, mask) = (keys.into(), values.into(), Mask::Causal);
-        }
-        let mixed = ops::attention(&q, &k, &v, mask, 1.0 / (self.shape.head_dim as f64).sqrt())?;
+    pub fn forward(&self, x: &Var, rope: &RopeTable, mask: Mask, keep: Option<&[usize]>) -> Result<Var> {
+        let [q, k, v] = self.qkv(x, rope)?;
+        let mixed = ops::attention(&q, &k, &v, mask, self.scale())?;
         self.project(&mixed, keep)
     }
 
-    /// As [`Attention::forward`] over a whole sequence, filling an empty cache with what decoding on needs: the rows in
-    /// `slots`, and the rows after the last of them.
-    pub fn forward_filling(&self, x: &Var, rope: &RopeTable, plan: &ChunkPlan, cache: &mut KvCache) -> Result<Var> {
+    /// As [`Attention::forward`], for new rows that a cache takes in: at `rows`, all of them or those listed in `kept`. They
+    /// attend to one another under `mask` where one is given, else each to what it sees of the cache.
+    pub fn forward_cached(
+        &self,
+        x: &Var,
+        rope: &RopeTable,
+        mask: Option<Mask>,
+        keep: Option<&[usize]>,
+        (cache, rows, kept): (&mut KvCache, &CacheRows, Option<&[usize]>),
+    ) -> Result<Var> {
         let [q, k, v] = self.qkv(x, rope)?;
-        let slots = plan.slots();
-        let kept: Vec<usize> = slots.iter().copied().chain(slots[slots.len() - 1] + 1..plan.len()).collect();
-        let [ck, cv] = [ops::index_select(&k, 2, &kept)?, ops::index_select(&v, 2, &kept)?];
-        cache.append(ck.value(), cv.value(), slots.len())?;
-        let mixed = ops::attention(&q, &k, &v, plan.mask(), 1.0 / (self.shape.head_dim as f64).sqrt())?;
-        self.project(&mixed, Some(&plan.outputs()))
+        match kept {
+            None => cache.write(k.value(), v.value(), rows)?,
+            Some(kept) => {
+                let [k, v] = [ops::index_select(&k, 2, kept)?, ops::index_select(&v, 2, kept)?];
+                cache.write(k.value(), v.value(), rows)?;
+            }
+        }
+        let mixed = match mask {
+            Some(mask) => ops::attention(&q, &k, &v, mask, self.scale())?,
+            None => cache.attend(q.value(), rows, self.scale())?.into(),
+        };
+        self.project(&mixed, keep)
+    }
+
+    fn scale(&self) -> f64 {
+        1.0 / (self.shape.head_dim as f64).sqrt()
     }
 
     /// `[B, H, L, d]` -> `wo` of the kept rows, `[B, L', D]`.
@@ -126,8 +129,12 @@ impl Attention {
         ops::linear(&kept(&mixed, keep)?, &self.wo, None)
     }
 
-    pub fn new_cache(&self, batch: usize, rows: usize) -> Result<KvCache> {
-        KvCache::new(batch, self.shape.kv_heads, rows, self.shape.head_dim, self.wqkv.value())
+    pub fn new_cache(&self, rows: usize) -> Result<KvCache> {
+        KvCache::new(self.shape.kv_heads, rows, self.shape.head_dim, self.wqkv.value())
+    }
+    /// Elements of the keys and values of one row.
+    pub fn row_elements(&self) -> usize {
+        2 * self.shape.kv_heads * self.shape.head_dim
     }
 
     pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Param>) {
@@ -260,14 +267,13 @@ impl Stack {
         Ok(n)
     }
 
-    /// As [`Stack::forward`] for new rows, of which the first `new_slots` are chunk representations, after what the
-    /// caches hold (one a block).
-    pub fn forward_cached(&self, x: &Var, pass: &Pass, caches: &mut [LayerCache], new_slots: usize) -> Result<Var> {
+    /// As [`Stack::forward`] for new rows that the caches (one a block) take in.
+    pub fn forward_cached(&self, x: &Var, pass: &Pass, caches: &mut [LayerCache], cached: &CachedPass) -> Result<Var> {
         let Some(first) = self.blocks.first() else { return self.norm.forward(x) };
         let (mut n, mut h) = (first.attention_norm.forward(x)?, x.clone());
         for (i, (block, cache)) in self.blocks.iter().zip(caches).enumerate() {
             let next = self.blocks.get(i + 1).map_or(&self.norm, |b| &b.attention_norm);
-            (n, h) = block.forward(&n, &h, next, pass, i + 1 == self.blocks.len(), Some((cache, new_slots)))?;
+            (n, h) = block.forward(&n, &h, next, pass, i + 1 == self.blocks.len(), Some((cache, cached)))?;
         }
         Ok(n)
     }
@@ -295,27 +301,37 @@ impl Block {
         next: &Norm,
         pass: &Pass,
         last: bool,
-        cache: Option<(&mut LayerCache, usize)>,
+        cache: Option<(&mut LayerCache, &CachedPass)>,
     ) -> Result<(Var, Var)> {
         let keep = if last { pass.keep.as_deref() } else { None };
         let a = match (&self.mixer, cache) {
-            (Mixer::Dense(a), cache) => {
-                let cache = cache.and_then(|(c, slots)| Some((c.kv()?, slots)));
-                a.forward(n, &pass.rope, pass.mask, keep, cache)?
+            (Mixer::Dense(a), None) => a.forward(n, &pass.rope, pass.mask, keep)?,
+            (Mixer::Dense(a), Some((LayerCache::Kv(kv), c))) => {
+                a.forward_cached(n, &pass.rope, c.prompt.then_some(pass.mask), keep, (kv, &c.rows, None))?
             }
             (Mixer::Cat(c), None) => kept(&c.forward(n, pass)?, keep)?,
-            (Mixer::Cat(c), Some((cache, _))) => kept(&c.forward_cached(n, pass, cache)?, keep)?,
+            (Mixer::Cat(c), Some((LayerCache::Cat(cache), cached))) => {
+                kept(&c.forward_cached(n, pass, cache, cached)?, keep)?
+            }
+            _ => return Err(Error::config("cache of another kind of layer")),
         };
         let (n, h) = self.ffn_norm.add_forward(&kept(h, keep)?, &a)?;
         let f = self.feed_forward.forward(&n)?;
         next.add_forward(&h, &f)
     }
 
-    /// An empty cache for this block: `rows` for dense attention; a CAT layer knows its own need.
-    pub fn new_cache(&self, batch: usize, rows: usize, tokens: usize, chunk: usize) -> Result<LayerCache> {
+    /// An empty cache for this block.
+    pub fn new_cache(&self, size: CacheSize) -> Result<LayerCache> {
         match &self.mixer {
-            Mixer::Dense(a) => Ok(LayerCache::Kv(a.new_cache(batch, rows)?)),
-            Mixer::Cat(c) => c.new_cache(batch, tokens, chunk),
+            Mixer::Dense(a) => Ok(LayerCache::Kv(a.new_cache(size.rows)?)),
+            Mixer::Cat(c) => c.new_cache(size),
+        }
+    }
+    /// Elements that it holds.
+    pub fn cache_elements(&self, size: CacheSize) -> u128 {
+        match &self.mixer {
+            Mixer::Dense(a) => a.row_elements() as u128 * size.rows as u128,
+            Mixer::Cat(c) => c.cache_elements(size),
         }
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Letters as in [`crate::ops`].
 
+mod cache;
+mod cached;
 mod cat;
 mod cat_layer;
 mod checkpoint;
@@ -14,7 +16,9 @@ mod layers;
 mod param;
 mod plan;
 
-pub use cat::{Cache, Cat, ForwardOptions, IGNORE_INDEX};
+pub use cache::{Cache, CacheSize, TextId};
+pub use cached::Prompt;
+pub use cat::{Cat, ForwardOptions, IGNORE_INDEX};
 pub use checkpoint::{Checkpoint, FolderFormat, load, load_config, rename, save, write_json};
 pub use config::{
     CAT_LAYER_HEAD_DIM, ChunkSizes, LayerType, ModelConfig, ModelType, PRESETS, TransformerConfig, swiglu_width,

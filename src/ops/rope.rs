@@ -27,6 +27,9 @@ struct Table {
     /// Copies on devices, each made when first asked for: `rows` and `f32`.
     #[cfg(feature = "cuda")]
     copies: Mutex<Vec<[Tensor; 2]>>,
+    /// The table that `f32` was taken from, whose copies serve this one too.
+    #[cfg(feature = "cuda")]
+    whole: Option<RopeTable>,
 }
 
 impl RopeTable {
@@ -59,6 +62,25 @@ impl RopeTable {
             f64: Tensor::from_vec(table, &shape)?,
             #[cfg(feature = "cuda")]
             copies: Mutex::default(),
+            #[cfg(feature = "cuda")]
+            whole: None,
+        })))
+    }
+    /// For elements at some of this table's own: element i is this one's element `elements[i]`. No angle is computed.
+    pub fn select(&self, elements: &[usize]) -> Result<Self> {
+        let row = |&e: &usize| self.0.rows.get(e).copied();
+        let rows = elements.iter().map(row).collect::<Option<Vec<_>>>().ok_or_else(|| {
+            Error::index("rope", format!("positions {elements:?} are not all in a table of {}", self.len()))
+        })?;
+        Ok(Self(Arc::new(Table {
+            rows,
+            n: self.0.n,
+            f32: self.0.f32.clone(),
+            f64: self.0.f64.clone(),
+            #[cfg(feature = "cuda")]
+            copies: Mutex::default(),
+            #[cfg(feature = "cuda")]
+            whole: Some(self.clone()),
         })))
     }
     /// The number of positions, L.
@@ -89,7 +111,11 @@ impl RopeTable {
             return Ok(copy.clone());
         }
         let rows: Vec<i64> = self.0.rows.iter().map(|&r| r as i64).collect();
-        let copy = [Tensor::ids(&rows, &[rows.len()])?.to_device(device)?, self.0.f32.to_device(device)?];
+        let table = match &self.0.whole {
+            Some(whole) => whole.on(device)?[1].clone(),
+            None => self.0.f32.to_device(device)?,
+        };
+        let copy = [Tensor::ids(&rows, &[rows.len()])?.to_device(device)?, table];
         copies.push(copy.clone());
         Ok(copy)
     }

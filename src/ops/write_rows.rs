@@ -1,17 +1,20 @@
 //! Writing rows into a larger tensor in place: how a cache grows. Has no gradient.
 
+use super::CacheRows;
+use super::cached_attention::check_rows;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
-/// `target[:, :, at..at+n, :] = rows`: target `[B, H, R, d]`, rows `[B, H, n, d]` of any strides.
+/// `target[h, end - 1, :] = x[b, h, i, :]`, where row `r = b n + i` sees the target's rows up to `end`: target
+/// `[H, T, d]`, x `[B, H, n, d]` of any strides. No two rows may have one place.
 ///
 /// Copies the target first if others share its storage; a cache is the only owner of its own.
-pub fn write_rows(target: &mut Tensor, rows: &Tensor, at: usize) -> Result<()> {
-    super::elementwise::same_dtype("write_rows", &[target, rows])?;
-    let (t, r) = (target.shape(), rows.shape());
-    let fits = t.len() == 4 && r.len() == 4 && t[..2] == r[..2] && t[3] == r[3];
-    if !fits || at.checked_add(r[2]).is_none_or(|end| end > t[2]) {
-        return Err(Error::shape("write_rows", format!("rows {r:?} at {at} do not fit into {t:?}")));
+pub fn write_rows(target: &mut Tensor, x: &Tensor, rows: &CacheRows) -> Result<()> {
+    super::elementwise::same_dtype("write_rows", &[target, x])?;
+    let (t, s) = (target.shape(), x.shape());
+    if t.len() != 3 || s.len() != 4 || t[0] != s[1] || t[2] != s[3] {
+        return Err(Error::shape("write_rows", format!("rows {s:?} do not fit into {t:?}: give [B, H, n, d] for [H, T, d]")));
     }
-    on_device!(target.device(), write_rows::write_rows(target, rows, at))
+    check_rows("write_rows", rows, s[0] * s[2], t[1])?;
+    on_device!(target.device(), write_rows::write_rows(target, x, rows))
 }

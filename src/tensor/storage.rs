@@ -39,6 +39,21 @@ impl Device {
             Self::Cuda(_) => Err(no_backend(self)),
         }
     }
+    /// Bytes that could be taken beside what is held, pieces kept for reuse included; `None` where that is not known.
+    pub fn free_memory(self) -> Option<usize> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(n) => crate::cuda::gpu(n).ok()?.free_memory(),
+            #[cfg(not(feature = "cuda"))]
+            Self::Cuda(_) => None,
+            Self::Cpu => {
+                let all = std::fs::read_to_string("/proc/meminfo").ok()?;
+                let line = all.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+                let kib: usize = line.split_whitespace().next()?.parse().ok()?;
+                Some(kib * 1024 + memory_stats().pooled)
+            }
+        }
+    }
     /// Bytes that tensors on the device hold now, held at most so far, and bytes kept for reuse.
     pub fn memory_stats(self) -> MemoryStats {
         match self {

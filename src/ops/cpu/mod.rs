@@ -7,6 +7,7 @@
 pub mod adamw;
 pub mod assemble_blocks;
 pub mod attention;
+pub use attention::cached as cached_attention;
 pub mod cast;
 pub mod concat;
 pub mod cross_entropy;

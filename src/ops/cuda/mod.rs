@@ -8,6 +8,7 @@ pub mod assemble_blocks;
 pub mod attention;
 pub mod attention_ladder;
 mod attention_sm90;
+pub mod cached_attention;
 pub mod cast;
 pub mod concat;
 pub mod cross_entropy;

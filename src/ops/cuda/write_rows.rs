@@ -1,18 +1,27 @@
 //! Writing rows into a larger tensor on CUDA, in place.
 
+use super::packs::{in_packs, pack};
 use crate::Result;
-use crate::cuda::{Place, copy_elements};
+use crate::cuda::{Arg, Grid, kernels::write_rows as kernel};
+use crate::ops::CacheRows;
 use crate::tensor::Tensor;
 
-pub(crate) fn write_rows(target: &mut Tensor, rows: &Tensor, at: usize) -> Result<()> {
-    if rows.numel() == 0 {
+pub(crate) fn write_rows(target: &mut Tensor, x: &Tensor, rows: &CacheRows) -> Result<()> {
+    if x.numel() == 0 {
         return Ok(());
     }
-    target.make_owner()?;
-    let (element, size, strides) = (target.variant()?.element, target.dtype().size(), target.layout().strides());
-    let to = Place { pointer: target.pointer()? + (at * strides[2] * size) as u64, strides };
-    let from = Place { pointer: rows.pointer()?, strides: rows.layout().strides() };
-    // SAFETY: the rows lie inside their storage, which is another than the target's; those that are written lie inside the
-    // target, which is the only owner of its own.
-    unsafe { copy_elements(target.gpu()?, element, size, rows.shape(), to, from) }
+    let x = x.dense_rows()?;
+    let (heads, n, d, all) = (x.dim(1), x.dim(2), x.dim(3), target.dim(1));
+    let lists = rows.on(x.device())?;
+    let to = target.write()?;
+    let packed = d.is_multiple_of(pack(&x)) && in_packs("write_rows", &x)? && in_packs("write_rows", target)?;
+    let (symbol, each) = if packed { (kernel::write_rows_packed, pack(&x)) } else { (kernel::write_rows, 1) };
+    let s = x.layout().strides();
+    let ends = lists.narrow(0, 1, 1)?;
+    let mut args = vec![to, x.read()?, ends.read()?];
+    args.extend([s[0], s[1], s[2], n, heads, d, all, x.numel()].map(Arg::from));
+    // SAFETY: the parameters are (target, x, ends, x's strides of batch, head and row, n, heads, d, target's rows, elements of
+    // x); x's rows are dense; target is [heads, rows, d], contiguous and its own; there is an end for each row of x, at
+    // most target's rows.
+    unsafe { x.gpu()?.launch(symbol, x.variant()?, Grid::for_each(x.numel() / each, 256), &args) }
 }

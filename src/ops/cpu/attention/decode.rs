@@ -18,19 +18,37 @@ pub(super) fn rows<T: Float>(x: &Input<T>, out: Rows<T>) {
     let lines = out.len() * n.group();
     // line i is query row i / group of query head i % group
     let queries: Vec<&[T]> = (0..lines).map(|i| x.q.row(b, head * n.group() + i % n.group(), i / n.group())).collect();
+    let end = |i: usize| match n.mask {
+        Mask::Causal => n.lk - n.lq + i / n.group() + 1,
+        _ => n.lk,
+    };
+    stream(&queries, end, |j| x.k.row(b, head, j), |j| x.v.row(b, head, j), x.scale, |i, y, max, sum| {
+        let (r, h) = (i / n.group(), i % n.group());
+        store(&mut out[r][h * n.d..][..n.d], y, T::Acc::ONE / sum);
+        lse[r][h] = max + sum.ln();
+    });
+}
+
+/// Query i against keys `0..end(i)`; `take(i, y, max, sum)` is given its unnormed result, largest score and sum.
+pub(super) fn stream<'a, T: Float>(
+    queries: &[&[T]],
+    end: impl Fn(usize) -> usize,
+    k: impl Fn(usize) -> &'a [T],
+    v: impl Fn(usize) -> &'a [T],
+    scale: T::Acc,
+    mut take: impl FnMut(usize, &[T::Acc], T::Acc, T::Acc),
+) {
+    let (lines, d) = (queries.len(), queries.first().map_or(0, |q| q.len()));
+    let last = (0..lines).map(&end).max().unwrap_or(0);
     let (mut y, mut max, mut sum) =
-        (zeros::<T::Acc>(lines * n.d), vec![T::Acc::NEG_INFINITY; lines], zeros::<T::Acc>(lines));
-    for start in (0..n.lk).step_by(KEYS) {
+        (zeros::<T::Acc>(lines * d), vec![T::Acc::NEG_INFINITY; lines], zeros::<T::Acc>(lines));
+    for start in (0..last).step_by(KEYS) {
         for (i, q) in queries.iter().enumerate() {
-            let end = match n.mask {
-                Mask::Causal => n.lk - n.lq + i / n.group() + 1,
-                _ => n.lk,
-            };
-            let end = end.min(start + KEYS);
+            let end = end(i).min(start + KEYS);
             if end <= start {
                 continue;
             }
-            let y = &mut y[i * n.d..][..n.d];
+            let y = &mut y[i * d..][..d];
             simd(
                 #[inline(always)]
                 || {
@@ -38,7 +56,7 @@ pub(super) fn rows<T: Float>(x: &Input<T>, out: Rows<T>) {
                     let p = &mut p[..end - start];
                     let mut top = max[i];
                     for (p, j) in p.iter_mut().zip(start..) {
-                        *p = dot(q, x.k.row(b, head, j)) * x.scale;
+                        *p = dot(q, k(j)) * scale;
                         top = p.maximum(top);
                     }
                     let shrink = (max[i] - top).exp();
@@ -52,7 +70,7 @@ pub(super) fn rows<T: Float>(x: &Input<T>, out: Rows<T>) {
                     }
                     for (p, j) in p.iter().zip(start..) {
                         sum[i] += *p;
-                        for (y, v) in y.iter_mut().zip(x.v.row(b, head, j)) {
+                        for (y, v) in y.iter_mut().zip(v(j)) {
                             *y = p.fma(v.to_acc(), *y);
                         }
                     }
@@ -61,8 +79,6 @@ pub(super) fn rows<T: Float>(x: &Input<T>, out: Rows<T>) {
         }
     }
     for i in 0..lines {
-        let (r, h) = (i / n.group(), i % n.group());
-        store(&mut out[r][h * n.d..][..n.d], &y[i * n.d..], T::Acc::ONE / sum[i]);
-        lse[r][h] = max[i] + sum[i].ln();
+        take(i, &y[i * d..][..d], max[i], sum[i]);
     }
 }

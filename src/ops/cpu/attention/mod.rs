@@ -9,6 +9,7 @@
 //! A task owns one (batch row, key head), or many where they are small, and runs its blocks in order.
 
 mod backward;
+pub mod cached;
 mod decode;
 mod forward;
 mod tile;

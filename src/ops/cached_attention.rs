@@ -1,0 +1,105 @@
+//! Attention of new rows to what a cache keeps: decoding, of many texts at once and each of its own length. Has no
+//! gradient.
+
+use super::elementwise::same_dtype;
+use crate::tensor::Tensor;
+use crate::{Error, Result};
+use std::ops::Range;
+use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::sync::Mutex;
+
+/// Where new rows lie in a cache, and what they see of it. Cloning is cheap.
+///
+/// Row r sees the run `start..end` of the cache's rows and lies at its end, in row `end - 1`: that is all a causal mask
+/// needs to be told, whatever text the row belongs to, so rows of texts of any lengths and chunk sizes go together.
+#[derive(Clone, Debug)]
+pub struct CacheRows(Arc<Lists>);
+
+#[derive(Debug)]
+struct Lists {
+    /// A run for each row, none empty.
+    seen: Vec<Range<usize>>,
+    /// The rows that a cache needs to hold them all.
+    least: usize,
+    /// Copies on devices, each made when first asked for: i64 `[2, R]`, the starts and then the ends.
+    #[cfg(feature = "cuda")]
+    copies: Mutex<Vec<Tensor>>,
+}
+
+impl CacheRows {
+    /// Errors on an empty run.
+    pub fn new(seen: Vec<Range<usize>>) -> Result<Self> {
+        if let Some(r) = seen.iter().position(|s| s.start >= s.end) {
+            return Err(Error::shape("cached_attention", format!("row {r} sees nothing, not even itself: {:?}", seen[r])));
+        }
+        let least = seen.iter().map(|s| s.end).max().unwrap_or(0);
+        #[cfg(feature = "cuda")]
+        let lists = Lists { seen, least, copies: Mutex::default() };
+        #[cfg(not(feature = "cuda"))]
+        let lists = Lists { seen, least };
+        Ok(Self(Arc::new(lists)))
+    }
+    /// The number of rows, R.
+    pub fn len(&self) -> usize {
+        self.0.seen.len()
+    }
+    /// True for no rows.
+    pub fn is_empty(&self) -> bool {
+        self.0.seen.is_empty()
+    }
+    /// What each row sees.
+    pub(crate) fn seen(&self) -> &[Range<usize>] {
+        &self.0.seen
+    }
+    /// The rows that a cache needs to hold them all.
+    pub(crate) fn least(&self) -> usize {
+        self.0.least
+    }
+    /// The starts and the ends on a device, i64 `[2, R]`, uploaded once.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on(&self, device: crate::tensor::Device) -> Result<Tensor> {
+        let mut copies = self.0.copies.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(copy) = copies.iter().find(|c| c.device() == device) {
+            return Ok(copy.clone());
+        }
+        let seen = &self.0.seen;
+        let list: Vec<i64> = seen.iter().map(|s| s.start).chain(seen.iter().map(|s| s.end)).map(|i| i as i64).collect();
+        let copy = Tensor::ids(&list, &[2, seen.len()])?.to_device(device)?;
+        copies.push(copy.clone());
+        Ok(copy)
+    }
+}
+
+/// `y[b, h, i] = softmax(scale q[b, h, i] k^T) v` over the cache rows that row `r = b n + i` sees: q `[B, H, n, d]`, k and
+/// v `[Hkv, T, d]`, result `[B, H, n, d]`, lying in memory as `[B, n, H, d]`.
+///
+/// H is a multiple of Hkv; query head h reads key head `h / (H/Hkv)`. Arithmetic runs in f32 (f64 for f64) and rounds
+/// once. A row's result does not depend on the other rows, in any bit.
+pub fn cached_attention(q: &Tensor, k: &Tensor, v: &Tensor, rows: &CacheRows, scale: f64) -> Result<Tensor> {
+    const OP: &str = "cached_attention";
+    let (qs, ks) = (q.shape(), k.shape());
+    same_dtype(OP, &[q, k, v])?;
+    if !q.dtype().is_float() {
+        return Err(Error::dtype(OP, format!("needs a float dtype, got {}", q.dtype())));
+    }
+    if qs.len() != 4 || ks.len() != 3 || ks != v.shape() || qs[3] != ks[2] {
+        let detail = format!("q {qs:?}, k {ks:?}, v {:?}: give q [B, H, n, d] and k, v [Hkv, T, d]", v.shape());
+        return Err(Error::shape(OP, detail));
+    }
+    if qs[1] != 0 && (ks[0] == 0 || qs[1] % ks[0] != 0) {
+        return Err(Error::shape(OP, format!("{} query heads cannot share {} key heads evenly", qs[1], ks[0])));
+    }
+    check_rows(OP, rows, qs[0] * qs[2], ks[1])?;
+    let (q, k, v) = (q.dense_rows()?, k.dense_rows()?, v.dense_rows()?);
+    on_device!(q.device(), cached_attention::forward(&q, &k, &v, rows, scale))
+}
+
+/// That there is a place for each of `n` rows, inside a cache of `room`.
+pub(super) fn check_rows(op: &'static str, rows: &CacheRows, n: usize, room: usize) -> Result<()> {
+    if rows.len() != n || rows.least() > room {
+        let (have, least) = (rows.len(), rows.least());
+        return Err(Error::shape(op, format!("{have} places up to row {least} for {n} rows in a cache of {room}")));
+    }
+    Ok(())
+}
