@@ -72,6 +72,50 @@ fn train_generate_logits_convert() {
     fails(&["generate", "--model", &run, "--prompt", "x", "--temperature", "nan"], 2, &["temperature"]);
     fails(&["generate", "--model", &run], 2, &["--prompt"]);
 
+    // many prompts at once give what each gives alone, whatever a line changes
+    let prompts = [
+        r#"{"prompt": "cats are ", "seed": 7, "chunk_size": 4}"#,
+        "",
+        r#"{"prompt": "whoever has", "max_new_tokens": 30, "chunk_size": "8,2@9", "temperature": 0, "logprobs": 2}"#,
+        r#"{"prompt": "x", "stop": ["e", "a"], "repetition_penalty": 1.2, "top_k": 20, "min_p": 0.01, "stop_token": ["32"]}"#,
+    ];
+    std::fs::write(path("prompts.jsonl"), prompts.join("\n")).unwrap();
+    let batch =
+        ["generate", "--model", &run, "--prompts", &path("prompts.jsonl"), "--max-new-tokens", "12", "--max-batch", "2"];
+    let out = felid(&batch);
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    assert!(text(&out.stderr).contains("3 prompts, 2 at once"), "{}", text(&out.stderr));
+    let lines = text(&out.stdout).lines().map(|l| serde_json::from_str(l).unwrap()).collect::<Vec<serde_json::Value>>();
+    let row = |n: u64| lines.iter().find(|l| l["row"] == n).unwrap();
+    assert_eq!((lines.len(), row(0)["text"].as_str().unwrap()), (3, text(&a.stdout).strip_suffix('\n').unwrap()));
+    assert_eq!(row(1)["tokens"].as_array().unwrap().len(), 30);
+    assert_eq!(row(1)["logprobs"][29]["top"][0][0], row(1)["tokens"][29]);
+    let alone =
+        ["--prompt", "whoever has", "--max-new-tokens", "30", "--chunk-size", "8,2@9", "--temperature", "0", "--json"];
+    let alone = felid(&[&["generate", "--model", &run][..], &alone].concat());
+    let alone: serde_json::Value = serde_json::from_slice(&alone.stdout).unwrap();
+    assert_eq!((&alone["text"], &alone["finish"]), (&row(1)["text"], &"length".into()));
+    assert!(!row(2)["text"].as_str().unwrap().contains(['e', 'a', ' ']));
+    let plan = felid(&[&batch[..], &["--dry-run", "--json"]].concat());
+    let plan: serde_json::Value = serde_json::from_slice(&plan.stdout).unwrap();
+    assert!(plan["batch"] == 2 && plan["cache_bytes"].as_u64() > Some(1000), "{plan}");
+    assert!(text(&with(&["--dry-run"]).stdout).contains(" bytes"));
+    for (line, code, parts) in [
+        (r#"{"prompt": "x", "chunk_size": 3}"#, 1, ["request 1", "chunk size 3"]),
+        (r#"{"prompt": ""}"#, 1, ["request 1", "prompt is empty"]),
+        (r#"{"prompt": "x", "stop_token": ["<|none|>"]}"#, 2, ["request 1", "unknown stop token '<|none|>'"]),
+        (r#"{"prompt": "x", "max_new_tokens": 65}"#, 1, ["request 1", "block_size of 64"]),
+        (r#"{"prompt": "x", "temperature": 0, "top_p": 0.5}"#, 2, ["request 1", "contradicts"]),
+        (r#"{"prompt": "x", "tempreature": 0}"#, 1, ["line 2", "tempreature"]),
+    ] {
+        std::fs::write(path("bad.jsonl"), format!("{}\n{line}\n", prompts[0])).unwrap();
+        fails(&["generate", "--model", &run, "--prompts", &path("bad.jsonl")], code, &parts);
+    }
+    fails(&["generate", "--model", &run, "--prompts", &path("prompts.jsonl"), "--prompt", "x"], 2, &["--prompt"]);
+    fails(&["generate", "--model", &run, "--prompt", "x", "--temperature", "0", "--top-k", "4"], 2, &["contradicts"]);
+    fails(&["generate", "--model", &run, "--prompt", "x", "--chunk-size", "4@9"], 2, &["16,4@100"]);
+    fails(&["generate", "--model", &run, "--prompt", "x", "--stop-token", "300"], 1, &["stop token 300"]);
+
     let ids = Tensor::ids(&(0..20).map(|i| i * 11 % 256).collect::<Vec<_>>(), &[2, 10]).unwrap();
     let (input, output) = (path("in.safetensors"), path("out.safetensors"));
     write_safetensors(Path::new(&input), &[("input_ids", &ids), ("labels", &ids)], &BTreeMap::new()).unwrap();

@@ -130,14 +130,38 @@ fn samples_are_those_of_the_cpu() {
     let logits = ops::cast_tensor(&wave(&[9, 5000], 3), DType::F32).unwrap();
     let logits = ops::scale(&logits.into(), 6.0).unwrap().into_value();
     let uniforms: Vec<f64> = (0..9).map(|i| (i as f64 * 0.618).fract()).collect();
-    for (temperature, top_k, top_p) in
-        [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 40, 1.0), (1.3, 0, 0.9), (0.8, 100, 0.5), (1.0, 1, 1.0)]
-    {
+    let seen: Vec<u64> = (0..79).map(|i| 0x9e37_79b9_7f4a_7c15u64.rotate_left(i)).collect();
+    for (temperature, top_k, top_p, min_p, repetition_penalty) in [
+        (0.0, 0, 1.0, 0.0, 1.0),
+        (1.0, 0, 1.0, 0.0, 1.0),
+        (0.7, 40, 1.0, 0.0, 1.3),
+        (1.3, 0, 0.9, 0.0, 1.0),
+        (0.8, 100, 0.5, 0.1, 0.7),
+        (1.0, 1, 1.0, 0.0, 2.0),
+        (1.5, 0, 1.0, 0.05, 1.0),
+        (0.0, 0, 1.0, 0.0, 1.5),
+    ] {
         for limit in [5000, 300] {
-            let how = ops::Sampling { temperature, top_k, top_p };
-            let want = ops::sample(&logits, limit, &how, &uniforms).unwrap();
-            let got = ops::sample(&logits.to_device(cuda).unwrap(), limit, &how, &uniforms).unwrap();
-            assert_eq!(got, want, "{how:?} {limit}");
+            let how = ops::Sampling { temperature, top_k, top_p, min_p, repetition_penalty };
+            // every other row by other settings
+            let draw = |(i, &uniform): (usize, &f64)| {
+                let how = if i % 2 == 0 { how } else { ops::Sampling { temperature: 1.1, ..Default::default() } };
+                ops::Draw { how, uniform, seen: &seen }
+            };
+            let draws: Vec<_> = uniforms.iter().enumerate().map(draw).collect();
+            for dtype in FLOATS {
+                let here = ops::cast_tensor(&logits, dtype).unwrap();
+                let (want, there) = (ops::sample(&here, limit, &draws).unwrap(), here.to_device(cuda).unwrap());
+                assert_eq!(ops::sample(&there, limit, &draws).unwrap(), want, "{dtype} {how:?} {limit}");
+                let (want, got) =
+                    (ops::log_probs(&here, limit, &want, 7).unwrap(), ops::log_probs(&there, limit, &want, 7).unwrap());
+                for (want, got) in want.iter().zip(&got) {
+                    assert!((want.logprob - got.logprob).abs() < 1e-9, "{want:?} {got:?}");
+                    for (want, got) in want.top.iter().zip(&got.top) {
+                        assert!(want.0 == got.0 && (want.1 - got.1).abs() < 1e-9, "{want:?} {got:?}");
+                    }
+                }
+            }
         }
     }
 }
@@ -165,9 +189,10 @@ fn samples_among_equals_are_those_of_the_cpu() {
         for &temperature in temperatures {
             for (top_k, top_p) in [(0, 1.0), (1, 1.0), (7, 1.0), (200, 1.0), (0, 0.2), (0, 0.95), (50, 0.6), (v, 1e-9)] {
                 for limit in [v, 1000, 33, 1] {
-                    let how = ops::Sampling { temperature, top_k, top_p };
-                    let want = ops::sample(&here, limit, &how, &uniforms).unwrap();
-                    assert_eq!(ops::sample(&there, limit, &how, &uniforms).unwrap(), want, "{dtype} {how:?} {limit}");
+                    let how = ops::Sampling { temperature, top_k, top_p, ..Default::default() };
+                    let draws: Vec<_> = uniforms.iter().map(|&uniform| ops::Draw { how, uniform, seen: &[] }).collect();
+                    let want = ops::sample(&here, limit, &draws).unwrap();
+                    assert_eq!(ops::sample(&there, limit, &draws).unwrap(), want, "{dtype} {how:?} {limit}");
                 }
             }
         }
@@ -219,14 +244,33 @@ fn moves_are_exact() {
             same("write_rows", &|t| {
                 let &[h, r, d] = t.shape() else { unreachable!() };
                 let rows = t.reshape(&[1, h, r, d])?;
-                let mut cache = Tensor::from_vec(vec![7i64; h * (r + 5) * d], &[1, h, r + 5, d])?;
+                let mut cache = Tensor::from_vec(vec![7i64; h * (r + 5) * d], &[h, r + 5, d])?;
                 if t.dtype() != DType::I64 {
                     cache = Tensor::full(7.0, cache.shape(), t.dtype(), Device::Cpu)?;
                 }
                 let mut cache = cache.to_device(t.device())?.copy()?;
-                ops::write_rows(&mut cache, &rows, 2)?;
-                ops::write_rows(&mut cache, &rows.narrow(2, 0, 1)?, r + 3)?;
+                // here and there, as rows and as batches
+                let places = |of: &dyn Fn(usize) -> usize| ops::CacheRows::new((0..r).map(|i| 0..of(i) + 1).collect());
+                ops::write_rows(&mut cache, &rows, &places(&|i| r + 4 - i)?)?;
+                let batches = t.permute(&[1, 0, 2])?.reshape(&[r, h, 1, d])?;
+                ops::write_rows(&mut cache, &batches, &places(&|i| i)?)?;
                 Ok(cache)
+            });
+        }
+    }
+}
+
+/// Rows of several texts against one cache: what each of them sees is as long as may be, from one key on.
+#[test]
+fn attention_to_a_cache_agrees() {
+    let Some(_) = devices::cuda() else { return };
+    let ends = [1usize, 700, 33, 257, 64, 699, 2];
+    let rows = ops::CacheRows::new(ends.iter().map(|&e| e.saturating_sub(450)..e).collect()).unwrap();
+    for (heads, key_heads, d) in [(4, 2, 64), (3, 3, 30), (2, 1, 128), (1, 1, 256), (2, 2, 5)] {
+        for shape in [[1, heads, 7, d], [7, heads, 1, d]] {
+            agrees("cached_attention", &[&shape, &[key_heads, 700, d], &[key_heads, 700, d]], |v| {
+                let y = ops::cached_attention(v[0].value(), v[1].value(), v[2].value(), &rows, 0.3)?;
+                one(Ok(Var::constant(y)))
             });
         }
     }

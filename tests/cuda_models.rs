@@ -13,7 +13,7 @@ use agree::{FLOATS, wave};
 use common::{KINDS, model};
 use felid::autograd::{Gradients, Tape, Var};
 use felid::eval::parity::{evaluate, parity, relative_l2};
-use felid::generate::{GenerateOptions, generate};
+use felid::generate::{Request, generate};
 use felid::model::{Cat, ForwardOptions, ModelConfig};
 use felid::ops;
 use felid::tensor::{DType, Device, Tensor};
@@ -63,9 +63,9 @@ fn random_models_agree() {
                 let naive = rough.iter().map(|r| off(&r[i].1)).fold(2f64.powi(-24), f64::max);
                 assert!(off(got) <= 8.0 * naive, "{kind:?} {seed} {name}: {:.2e}, others {naive:.2e}", off(got));
             }
-            let options = || GenerateOptions { max_new_tokens: n / 2, chunk_size: chunk, ..Default::default() };
+            let like = Request { max_new_tokens: n / 2, chunk_size: chunk, ..Default::default() };
             let prompt = text.narrow(1, 0, n - n / 2).unwrap();
-            let (got, want) = (generate(&there, &prompt, options()).unwrap(), generate(&m, &prompt, options()).unwrap());
+            let (got, want) = (generate(&there, &prompt, &like).unwrap(), generate(&m, &prompt, &like).unwrap());
             assert_eq!(got.to_vec::<i64>().unwrap(), want.to_vec::<i64>().unwrap(), "{kind:?} {seed}");
         }
     }

@@ -7,8 +7,8 @@ use common::rough::{U32, U64, errs, share};
 use common::{KINDS, Kind, cast, chunk_size, config, ids, model, model_of, relative};
 use felid::autograd::{GradCheck, Gradients, Tape, Var, check_gradients, no_grad};
 use felid::eval::parity::evaluate;
-use felid::generate::{GenerateOptions, Generator, generate};
-use felid::model::{Cat, ForwardOptions, IGNORE_INDEX, ModelType};
+use felid::generate::{Request, generate};
+use felid::model::{Cat, ForwardOptions, IGNORE_INDEX, ModelType, Prompt};
 use felid::ops::{self, argmax};
 use felid::random::below_at;
 use felid::tensor::{DType, Tensor};
@@ -26,6 +26,10 @@ fn wide(t: &Tensor) -> Vec<f64> {
 /// Rows `from..from + n` of every sequence of `[B, N, V]`.
 fn rows(t: &Tensor, from: usize, n: usize) -> Vec<f64> {
     wide(&t.narrow(1, from, n).unwrap())
+}
+/// The rows of the last dimension.
+fn lines(t: &Tensor) -> Vec<Vec<f64>> {
+    wide(t).chunks(t.shape()[t.rank() - 1]).map(<[f64]>::to_vec).collect()
 }
 fn with_id(ids: &Tensor, at: usize, id: i64) -> Tensor {
     let mut v = ids.to_vec::<i64>().unwrap();
@@ -94,53 +98,54 @@ proptest! {
         }
     }
 
-    /// Spec section 5: prefill and steps give the logits of the whole model run again on the growing sequence.
+    /// Spec section 5: prefill and steps give the logits of the whole model run on the text so far, for texts of different
+    /// lengths and chunk sizes in one cache that is as small as can be.
     #[test]
-    fn cached_generation_equals_running_everything_again((kind, seed, draw) in any_model()) {
+    fn cached_logits_are_those_of_the_whole_model((kind, seed, draw) in any_model()) {
         let m = model(kind, seed);
-        let (c, chunk) = (m.config(), chunk_size(m.config(), draw));
-        let (b, p) = (upto(3, draw, 1), upto(c.block_size, draw, 2));
-        let exact = cast(&m, DType::F64);
+        let (c, exact) = (m.config(), cast(&m, DType::F64));
+        let b = upto(4, draw, 1);
+        let chunks: Vec<_> = (0..b as u64).map(|r| chunk_size(c, draw + r * 7)).collect();
+        let prompts: Vec<usize> = (0..b as u64).map(|r| upto(c.block_size, draw, 20 + r)).collect();
         for m in [&exact, &m] {
-            let mut text = ids(c, b, p, draw);
-            let (mut next, mut cache) = m.prefill(&text, chunk, c.block_size - p).unwrap();
-            let (mut chosen, mut both) = (Vec::new(), Vec::new());
-            for n in p..=c.block_size {
-                let all = logits(m, &text, chunk).narrow(1, n - 1, 1).unwrap();
-                prop_assert_eq!(cache.tokens(), n);
-                let best = argmax(&next).unwrap();
-                let (cached, again) = (wide(&next), wide(&all));
-                if next.dtype() == DType::F64 {
-                    let (off, ok) = (relative(&cached, &again), same(m, &text, chunk, n - 1, &cached, &again, 1e-12));
-                    prop_assert!(ok, "{off:e} at {n} of prompt {p}, batch {b}, chunk {chunk:?}, {c:?}");
-                    prop_assert_eq!(best.to_vec::<i64>().unwrap(), argmax(&all).unwrap().to_vec::<i64>().unwrap());
+            let mut texts: Vec<Vec<i64>> =
+                prompts.iter().zip(draw..).map(|(&p, s)| ids(c, 1, p, s).to_vec().unwrap()).collect();
+            let sizes: Vec<_> =
+                chunks.iter().zip(&prompts).map(|(&chunk, &p)| m.cache_size(chunk, p, c.block_size).unwrap()).collect();
+            let mut cache = m.cache(sizes.iter().copied().sum()).unwrap();
+            prop_assert_eq!(cache.bytes() as u128, m.cache_bytes(sizes.iter().copied().sum()));
+            let kept: Vec<_> = sizes.iter().map(|s| cache.reserve(*s).unwrap()).collect();
+            let prompt = |r: usize| Prompt { text: kept[r], ids: &texts[r], chunk_size: chunks[r] };
+            let mut next = m.prefill(&mut cache, &(0..b).map(prompt).collect::<Vec<_>>()).unwrap();
+            let (mut running, mut got) = ((0..b).collect::<Vec<_>>(), vec![vec![]; b]);
+            while !running.is_empty() {
+                for ((&r, logits), best) in running.iter().zip(lines(&next)).zip(argmax(&next).unwrap().to_vec().unwrap()) {
+                    prop_assert_eq!(cache.tokens(kept[r]), texts[r].len());
+                    got[r].push(logits);
+                    texts[r].push(best);
                 }
-                both.push((cached, again));
-                let column = best.reshape(&[b, 1]).unwrap();
-                chosen.push(best.to_vec::<i64>().unwrap());
-                text = ops::concat(&[&text.into(), &column.clone().into()], 1).unwrap().into_value();
-                if n < c.block_size {
-                    next = m.step(&best, &mut cache).unwrap();
-                }
+                running.retain(|&r| texts[r].len() <= c.block_size);
+                let new: Vec<_> = running.iter().map(|&r| (kept[r], *texts[r].last().unwrap())).collect();
+                next = m.step(&mut cache, &new).unwrap();
             }
-            // in f32, which goes its own way where two tokens nearly tie, both are as near to float64 as can be asked
-            for r in (0..b).filter(|_| next.dtype() == DType::F32) {
-                let text = text.narrow(0, r, 1).unwrap().narrow(1, 0, c.block_size).unwrap();
-                let (want, v) = (wide(&logits(&exact, &text, chunk)), c.vocab_rows());
-                let errs = errs_of(m, &text, chunk, U32);
-                for (n, (cached, again)) in (p..).zip(&both) {
-                    for (what, got) in [("cached", cached), ("again", again)] {
-                        let off = share(&got[r * v..(r + 1) * v], &want[(n - 1) * v..n * v], errs[n - 1], U32);
-                        let at = format!("{n} of prompt {p}, row {r} of {b}, chunk {chunk:?}");
-                        prop_assert!(off < 1.0, "{what} {off} of its bound at {at}, {c:?}");
+            for r in 0..b {
+                let read = Tensor::ids(&texts[r][..c.block_size], &[1, c.block_size]).unwrap();
+                let (want, p) = (lines(&logits(&exact, &read, chunks[r])), prompts[r]);
+                let here = |n: usize| format!("{n} of prompt {p}, row {r} of {b}, chunk {:?}, {c:?}", chunks[r]);
+                if m.params()[0].dtype() == DType::F64 {
+                    for (n, got) in (p..).zip(&got[r]) {
+                        let off = relative(got, &want[n - 1]);
+                        prop_assert!(same(m, &read, chunks[r], n - 1, got, &want[n - 1], 1e-12), "{off:e} at {}", here(n));
+                    }
+                } else {
+                    // f32, which goes its own way where two tokens nearly tie, is as near to float64 as can be asked
+                    let errs = errs_of(m, &read, chunks[r], U32);
+                    for (n, got) in (p..).zip(&got[r]) {
+                        let off = share(got, &want[n - 1], errs[n - 1], U32);
+                        prop_assert!(off < 1.0, "{off} of its bound at {}", here(n));
                     }
                 }
             }
-            // and the generator does the same, a last token included that nobody reads
-            let asked = GenerateOptions { max_new_tokens: chosen.len(), chunk_size: chunk, ..Default::default() };
-            let got = generate(m, &text.narrow(1, 0, p).unwrap(), asked).unwrap();
-            let want: Vec<i64> = (0..b).flat_map(|r| chosen.iter().map(move |t| t[r])).collect();
-            prop_assert_eq!(got.to_vec::<i64>().unwrap(), want);
         }
     }
 
@@ -297,9 +302,9 @@ fn sixteen_bit_models_run_and_train() {
             assert!(off < 16.0 * u, "{kind:?} {dtype} {off}");
             let outcome = evaluate(&m, &text, Some(&text), chunk).unwrap();
             assert!(outcome.loss.unwrap().is_finite());
-            let sampled = GenerateOptions { max_new_tokens: 4, chunk_size: chunk, ..Default::default() };
+            let greedy = Request { max_new_tokens: 4, chunk_size: chunk, ..Default::default() };
             let prompt = text.narrow(1, 0, c.block_size - 3).unwrap();
-            assert_eq!(generate(&m, &prompt, sampled).unwrap().shape(), [2, 4]);
+            assert_eq!(generate(&m, &prompt, &greedy).unwrap().shape(), [2, 4]);
         }
     }
 }
@@ -310,9 +315,13 @@ fn the_cache_is_as_small_as_the_spec_says() {
     let mut c = config(Kind::Adaptive, 3);
     (c.block_size, c.chunk_size) = (1024, Some(16));
     let m = model_of(c.clone(), 0);
-    let (_, cache) = m.prefill(&ids(&c, 2, 100, 0), Some(16), 924).unwrap();
+    let size = m.cache_size(Some(16), 100, 1024).unwrap();
+    assert!(size.rows <= 64 + 16 + 2, "{size:?}");
     let width = c.decoder.kv_heads() * c.decoder.head_dim() * 2 * 4;
-    assert!(cache.bytes() <= 2 * c.decoder.n_layer * (64 + 16 + 2) * width, "{}", cache.bytes());
+    assert_eq!(m.cache_bytes(size), (c.decoder.n_layer * size.rows * width) as u128);
+    assert_eq!(m.cache(size).unwrap().bytes() as u128, m.cache_bytes(size));
+    // a text that never sees the end of its block needs no room for it
+    assert_eq!(m.cache_size(Some(16), 64, 67).unwrap().rows, 4 + 2 + 3);
 }
 
 /// Errors, not panics; and what was asked wrongly leaves the cache as it was.
@@ -341,27 +350,30 @@ fn wrong_calls_are_errors() {
             says(m.logits(&text, options(Some(size))), &size.to_string());
         }
 
-        let (_, mut cache) = m.prefill(&text.narrow(1, 0, n - 2).unwrap(), None, 1).unwrap();
-        let next = Tensor::ids(&[1, 2], &[2]).unwrap();
+        // room for one more token than the prompts'
+        let mut cache = m.cache((0..2).map(|_| m.cache_size(None, n - 2, n - 1).unwrap()).sum()).unwrap();
+        let kept = [0, 1].map(|_| cache.reserve(m.cache_size(None, n - 2, n - 1).unwrap()).unwrap());
+        assert!(cache.reserve(m.cache_size(None, 1, 1).unwrap()).is_none());
+        let short = text.narrow(1, 0, n - 2).unwrap().to_vec::<i64>().unwrap();
+        let prompt = |r: usize, ids| Prompt { text: kept[r], ids, chunk_size: None };
+        let prompts = [0, 1].map(|r| prompt(r, &short[r * (n - 2)..(r + 1) * (n - 2)]));
+        assert!(m.step(&mut cache, &[(kept[0], 1)]).is_err(), "{kind:?}: no prompt yet");
+        m.prefill(&mut cache, &prompts).unwrap();
+        let next = [(kept[0], 1), (kept[1], 2)];
         let mut untouched = cache.clone();
-        assert!(m.step(&Tensor::ids(&[1, c.vocab_rows() as i64], &[2]).unwrap(), &mut cache).is_err());
-        assert!(m.step(&Tensor::ids(&[1], &[1]).unwrap(), &mut cache).is_err(), "{kind:?}: another batch size");
-        assert!(m.step(&Tensor::ids(&[1, 2, 3], &[3]).unwrap(), &mut cache).is_err());
-        assert!(m.step(&Tensor::from_vec(vec![0f32; 2], &[2]).unwrap(), &mut cache).is_err());
-        assert_eq!(wide(&m.step(&next, &mut cache).unwrap()), wide(&m.step(&next, &mut untouched).unwrap()), "{kind:?}");
-        // room was made for one more token
-        assert!(m.step(&next, &mut cache).is_err(), "{kind:?}");
-        assert!(m.prefill(&text, None, usize::MAX).is_ok());
-
-        for max_new_tokens in [3, 1 << 40, usize::MAX] {
-            let asked = GenerateOptions { max_new_tokens, ..Default::default() };
-            let prompt = text.narrow(1, 0, n - 1).unwrap();
-            assert!(matches!(generate(&m, &prompt, asked.clone()), Err(felid::Error::Length { .. })));
-            assert!(matches!(Generator::new(&m, &prompt, asked), Err(felid::Error::Length { .. })));
+        let vocab = c.vocab_rows() as i64;
+        for bad in [vec![(kept[0], 1), (kept[1], vocab)], vec![(kept[0], -1)], vec![(kept[0], 1), (kept[0], 1)]] {
+            assert!(m.step(&mut cache, &bad).is_err(), "{kind:?} {bad:?}");
         }
-        let none = GenerateOptions { vocab_limit: Some(0), max_new_tokens: 1, ..Default::default() };
-        assert!(generate(&m, &text, none).is_err());
-        let nothing = GenerateOptions::default();
-        assert_eq!(generate(&m, &text, nothing).unwrap().shape(), [2, 0]);
+        let (long, outside) = (text.to_vec::<i64>().unwrap(), [1, vocab]);
+        for bad in [prompt(0, &[]), prompt(0, &outside), prompt(0, &long), Prompt { chunk_size: Some(3 * n), ..prompts[0] }]
+        {
+            assert!(m.prefill(&mut cache, &[bad]).is_err(), "{kind:?} {bad:?}");
+        }
+        assert!(m.prefill(&mut cache, &[prompts[0], prompts[0]]).is_err(), "{kind:?}: one text twice");
+        assert_eq!(wide(&m.step(&mut cache, &next).unwrap()), wide(&m.step(&mut untouched, &next).unwrap()), "{kind:?}");
+        assert!(matches!(m.cache_size(None, n, n + 1), Err(felid::Error::Length { .. })));
+        cache.free(kept[1]);
+        assert!(m.step(&mut cache, &next[1..]).is_err() && m.step(&mut cache, &[]).unwrap().numel() == 0);
     }
 }

@@ -34,7 +34,7 @@ enum Command {
     /// Train a model; without arguments, a small adaptive CAT on data/shakespeare.txt
     Train(Box<train::Train>),
     /// Continue a prompt, chunk by chunk with the compressed cache
-    Generate(generate::Generate),
+    Generate(Box<generate::Generate>),
     /// Logits (loss, gradients, greedy tokens) of ids in a safetensors file
     Logits(logits::Logits),
     /// Compare a model with golden numbers

@@ -98,11 +98,7 @@ impl Row {
     }
     fn draw(&self) -> Draw<'_> {
         let key = random::subkey(self.request.seed, 0);
-        Draw {
-            how: self.request.sampling,
-            uniform: random::uniform_at(key, self.produced as u64),
-            seen: &self.seen,
-        }
+        Draw { how: self.request.sampling, uniform: random::uniform_at(key, self.produced as u64), seen: &self.seen }
     }
     /// Take in a token: what is told of it.
     fn take(&mut self, row: usize, token: i64, logprobs: Option<LogProbs>) -> Result<Event> {

@@ -100,10 +100,7 @@ impl Generator {
             return Err(Error::Usage("a batch of 0 texts does nothing: use 1 or more".into()));
         }
         self.check(requests)?;
-        let needs: Vec<CacheSize> = requests
-            .iter()
-            .map(|r| if r.max_new_tokens == 0 { Ok(CacheSize::default()) } else { r.cache_size(&self.model) })
-            .collect::<Result<_>>()?;
+        let needs: Vec<CacheSize> = requests.iter().map(|r| r.cache_size(&self.model)).collect::<Result<_>>()?;
         let batch = self.options.max_batch.unwrap_or(usize::MAX).min(needs.len());
         let size = largest(&needs, batch);
         let bytes = self.model.cache_bytes(size);

@@ -110,14 +110,16 @@ impl Request {
         }
         let ascending = self.chunk_changes.windows(2).all(|w| w[0].0 < w[1].0);
         if !ascending || self.chunk_changes.iter().any(|c| c.0 == 0) {
-            let detail = "changes of the chunk size come after 1 or more new tokens, one after the other: give them in order";
+            let detail =
+                "changes of the chunk size come after 1 or more new tokens, one after the other: give them in order";
             return Err(Error::Usage(detail.into()));
         }
-        let ids = |what: &str, ids: &[i64], below: usize| {
-            match ids.iter().find(|id| !usize::try_from(**id).is_ok_and(|i| i < below)) {
-                Some(id) => Err(Error::index("generate", format!("{what} {id} is outside the vocabulary of {below}"))),
-                None => Ok(()),
-            }
+        let ids = |what: &str, ids: &[i64], below: usize| match ids
+            .iter()
+            .find(|id| !usize::try_from(**id).is_ok_and(|i| i < below))
+        {
+            Some(id) => Err(Error::index("generate", format!("{what} {id} is outside the vocabulary of {below}"))),
+            None => Ok(()),
         };
         ids("the prompt's id", &self.prompt, c.vocab_rows())?;
         ids("stop token", &self.stop_tokens, c.vocab_rows())?;
@@ -135,6 +137,9 @@ impl Request {
 
     /// What it needs of a cache, changes of the chunk size included.
     pub(super) fn cache_size(&self, model: &Cat) -> Result<CacheSize> {
+        if self.max_new_tokens == 0 {
+            return Ok(CacheSize::default());
+        }
         let (mut chunk, mut from, mut need) = (self.chunk_size, self.prompt.len(), CacheSize::default());
         for &(n, next) in self.chunk_changes.iter().filter(|c| c.0 < self.max_new_tokens) {
             need = need.max(model.cache_size(chunk, from, self.prompt.len() + n - 1)?);

@@ -12,7 +12,7 @@ use crate::memory::{Category, counted_as};
 use crate::ops::RopeTable;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
-use std::iter::Sum;
+use std::iter::{self, Sum};
 use std::ops::{Add, Range};
 
 /// Rows of a cache, in each layer of a kind: what one text needs, or many together.
@@ -30,11 +30,7 @@ impl CacheSize {
     /// What serves either.
     pub fn max(self, o: Self) -> Self {
         let Self { rows, layer_rows, open_rows } = self;
-        Self {
-            rows: rows.max(o.rows),
-            layer_rows: layer_rows.max(o.layer_rows),
-            open_rows: open_rows.max(o.open_rows),
-        }
+        Self { rows: rows.max(o.rows), layer_rows: layer_rows.max(o.layer_rows), open_rows: open_rows.max(o.open_rows) }
     }
     /// True if a text of that need has room here.
     pub fn fits(self, need: Self) -> bool {
@@ -193,7 +189,8 @@ impl Cache {
         self.layers.iter().map(LayerCache::bytes).sum()
     }
     pub(super) fn text(&mut self, id: TextId) -> Result<&mut Text> {
-        let missing = || Error::shape("cache", format!("there is no text {} in this cache: reserve room for it first", id.0));
+        let missing =
+            || Error::shape("cache", format!("there is no text {} in this cache: reserve room for it first", id.0));
         self.texts.get_mut(id.0).and_then(Option::as_mut).ok_or_else(missing)
     }
     /// Angles of rows at these positions. The table behind them is computed once and grows as positions do.
@@ -215,7 +212,7 @@ struct Runs {
 
 impl Runs {
     fn new(n: usize) -> Self {
-        Self { free: vec![0..n] }
+        Self { free: iter::once(0..n).collect() }
     }
     /// The first `n` rows in a run; none where no run is so long.
     fn take(&mut self, n: usize) -> Option<Range<usize>> {
@@ -294,7 +291,7 @@ mod tests {
                 }
             }
             held.into_iter().for_each(|r| runs.give(r));
-            prop_assert_eq!(runs.free, vec![0..60]);
+            prop_assert_eq!(runs.free, iter::once(0..60).collect::<Vec<_>>());
         }
     }
 }

@@ -41,9 +41,13 @@ impl Cat {
                 return Err(Error::empty("the prompt", "give at least one token"));
             }
             check_ids(p.ids.iter().copied(), c.vocab_rows())?;
-            let (need, have) = (self.cache_size(Some(chunk).filter(|c| *c > 0), n, n)?, cache.text(p.text).map(|t| t.size())?);
+            let (need, have) =
+                (self.cache_size(Some(chunk).filter(|c| *c > 0), n, n)?, cache.text(p.text).map(|t| t.size())?);
             if !have.fits(need) {
-                return Err(Error::shape("prefill", format!("{n} tokens need {need:?} of the cache, reserved are {have:?}")));
+                return Err(Error::shape(
+                    "prefill",
+                    format!("{n} tokens need {need:?} of the cache, reserved are {have:?}"),
+                ));
             }
             groups.entry((chunk, n)).or_default().push(i);
         }
@@ -116,7 +120,7 @@ impl Cat {
         for p in prompts {
             let text = cache.text(p.text)?;
             (text.chunk, text.tokens) = (chunk, n);
-            text.pending = if chunk > 0 { p.ids[n / chunk * chunk..].to_vec() } else { vec![] };
+            text.pending = n.checked_rem(chunk).map_or(vec![], |tail| p.ids[n - tail..].to_vec());
         }
         self.last_logits(&h)
     }
@@ -184,8 +188,7 @@ impl Cat {
             parts.push(ops::embedding(&Tensor::ids(&open, &[1, open.len()])?, &self.wte)?);
         }
         for (&chunk, group) in &filled.groups {
-            let ids: Vec<i64> =
-                group.iter().flat_map(|&i| texts[i].pending.iter().copied().chain([next[i].1])).collect();
+            let ids: Vec<i64> = group.iter().flat_map(|&i| texts[i].pending.iter().copied().chain([next[i].1])).collect();
             let numbers: Vec<usize> = group.iter().map(|&i| texts[i].tokens / chunk).collect();
             let ids = Tensor::ids(&ids, &[group.len(), chunk])?;
             let fx = chunks.f.forward_chunks(&ids, &numbers, chunk, c.table_row(chunk))?;

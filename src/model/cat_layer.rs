@@ -1,7 +1,7 @@
 //! CAT as a layer (spec section 4): attention over chunk representations inside one block of a transformer.
 
-use super::config::{CAT_LAYER_HEAD_DIM, ModelConfig};
 use super::cache::CacheSize;
+use super::config::{CAT_LAYER_HEAD_DIM, ModelConfig};
 use super::kv_cache::{CachedPass, CatLayerCache, LayerCache};
 use super::layers::{Attention, AttentionShape, Pass, linear_init};
 use super::param::{Builder, Init, Param};

@@ -13,7 +13,10 @@ pub fn write_rows(target: &mut Tensor, x: &Tensor, rows: &CacheRows) -> Result<(
     super::elementwise::same_dtype("write_rows", &[target, x])?;
     let (t, s) = (target.shape(), x.shape());
     if t.len() != 3 || s.len() != 4 || t[0] != s[1] || t[2] != s[3] {
-        return Err(Error::shape("write_rows", format!("rows {s:?} do not fit into {t:?}: give [B, H, n, d] for [H, T, d]")));
+        return Err(Error::shape(
+            "write_rows",
+            format!("rows {s:?} do not fit into {t:?}: give [B, H, n, d] for [H, T, d]"),
+        ));
     }
     check_rows("write_rows", rows, s[0] * s[2], t[1])?;
     on_device!(target.device(), write_rows::write_rows(target, x, rows))

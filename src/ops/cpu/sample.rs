@@ -1,8 +1,8 @@
 //! Sampling on the CPU: rows in parallel.
 
+use crate::Result;
 use crate::ops::{Draw, LogProbs, Sampling};
 use crate::tensor::{DType, Tensor};
-use crate::Result;
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::cmp::Ordering;

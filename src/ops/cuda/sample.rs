@@ -49,7 +49,8 @@ pub(crate) fn sample(logits: &Tensor, limit: usize, rows: &[Draw]) -> Result<Vec
 /// Logits after the repetition penalty: a copy, where a row has one.
 fn penalized(logits: &Tensor, limit: usize, rows: &[Draw]) -> Result<Tensor> {
     let penalty = |r: &Draw| r.how.repetition_penalty as f32;
-    let some: Vec<(usize, &Draw)> = rows.iter().enumerate().filter(|(_, r)| penalty(r) != 1.0 && !r.seen.is_empty()).collect();
+    let some: Vec<(usize, &Draw)> =
+        rows.iter().enumerate().filter(|(_, r)| penalty(r) != 1.0 && !r.seen.is_empty()).collect();
     if some.is_empty() {
         return Ok(logits.clone());
     }
@@ -79,6 +80,7 @@ pub(crate) fn log_probs(logits: &Tensor, limit: usize, ids: &[i64], top: usize) 
     // at least `limit` elements, ids are below it; out is new and holds 1 + 2 top words a row.
     unsafe { logits.gpu()?.launch(kernel::log_probs, variant, Grid::new(b, THREADS), &args)? };
     let real = |word: i64| f64::from_bits(word as u64);
-    let of_row = |w: &[i64]| LogProbs { logprob: real(w[0]), top: w[1..].chunks_exact(2).map(|p| (p[0], real(p[1]))).collect() };
+    let of_row =
+        |w: &[i64]| LogProbs { logprob: real(w[0]), top: w[1..].chunks_exact(2).map(|p| (p[0], real(p[1]))).collect() };
     Ok(out.to_vec::<i64>()?.chunks_exact(1 + 2 * top).map(of_row).collect())
 }

@@ -22,11 +22,18 @@ pub(super) fn rows<T: Float>(x: &Input<T>, out: Rows<T>) {
         Mask::Causal => n.lk - n.lq + i / n.group() + 1,
         _ => n.lk,
     };
-    stream(&queries, end, |j| x.k.row(b, head, j), |j| x.v.row(b, head, j), x.scale, |i, y, max, sum| {
-        let (r, h) = (i / n.group(), i % n.group());
-        store(&mut out[r][h * n.d..][..n.d], y, T::Acc::ONE / sum);
-        lse[r][h] = max + sum.ln();
-    });
+    stream(
+        &queries,
+        end,
+        |j| x.k.row(b, head, j),
+        |j| x.v.row(b, head, j),
+        x.scale,
+        |i, y, max, sum| {
+            let (r, h) = (i / n.group(), i % n.group());
+            store(&mut out[r][h * n.d..][..n.d], y, T::Acc::ONE / sum);
+            lse[r][h] = max + sum.ln();
+        },
+    );
 }
 
 /// Query i against keys `0..end(i)`; `take(i, y, max, sum)` is given its unnormed result, largest score and sum.
@@ -40,8 +47,7 @@ pub(super) fn stream<'a, T: Float>(
 ) {
     let (lines, d) = (queries.len(), queries.first().map_or(0, |q| q.len()));
     let last = (0..lines).map(&end).max().unwrap_or(0);
-    let (mut y, mut max, mut sum) =
-        (zeros::<T::Acc>(lines * d), vec![T::Acc::NEG_INFINITY; lines], zeros::<T::Acc>(lines));
+    let (mut y, mut max, mut sum) = (zeros::<T::Acc>(lines * d), vec![T::Acc::NEG_INFINITY; lines], zeros::<T::Acc>(lines));
     for start in (0..last).step_by(KEYS) {
         for (i, q) in queries.iter().enumerate() {
             let end = end(i).min(start + KEYS);
