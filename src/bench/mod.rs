@@ -4,6 +4,7 @@
 mod attention;
 mod cost;
 mod flops;
+mod generate;
 mod kernels;
 mod ladder;
 mod machine;
@@ -14,6 +15,7 @@ mod train;
 pub use attention::{AttentionBench, AttentionReport, AttentionRow, bench_attention};
 pub use cost::{CostBench, CostReport, CostRow, bench_cost};
 pub use flops::{Flops, training_flops};
+pub use generate::{GenerateBench, GenerateBenchReport, GenerateRow, bench_generate};
 pub use kernels::{KernelRow, KernelsBench, KernelsReport, bench_kernels};
 pub use ladder::{LadderReport, RungRow, bench_ladder};
 pub use machine::{Machine, matmul_ceiling, peer_output, time};
