@@ -6,7 +6,7 @@ use super::text::TextStream;
 use crate::model::{Cache, CacheSize, Prompt, TextId};
 use crate::ops::{Draw, LogProbs, log_probs, sample};
 use crate::random;
-use crate::tensor::Tensor;
+use crate::tensor::{Device, Tensor};
 use crate::{Error, Result};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -304,7 +304,12 @@ impl Iterator for Generation {
         if self.running.is_empty() && self.waiting.is_empty() {
             return None;
         }
-        if let Err(e) = self.turn() {
+        let turn = match self.generator.model.device() {
+            // among the threads that share the work, handing out a piece costs less than from outside
+            Device::Cpu => rayon::scope(|_| self.turn()),
+            _ => self.turn(),
+        };
+        if let Err(e) = turn {
             self.waiting.clear();
             for row in std::mem::take(&mut self.running) {
                 self.leave(row);

@@ -1,7 +1,8 @@
-//! Matrix products on the CPU through the `gemm` crate, in f32 or f64. 16-bit operands are widened to f32 first, so
-//! products of them accumulate in f32 and round once.
+//! Matrix products on the CPU: of few rows by dot products (`few_rows`), of more through the `gemm` crate, in f32 or f64.
+//! 16-bit operands are widened to f32, so products of them accumulate in f32 and round once.
 
 use super::cast::cast_rows as cast;
+use super::few_rows;
 use crate::tensor::{DType, Element, Layout, Tensor};
 use crate::{Error, Result, with_float};
 use gemm::Parallelism;
@@ -10,6 +11,9 @@ use rayon::prelude::*;
 
 /// `start + a b` in `dtype`: a `[m, k]`, b `[k, n]`, any strides.
 pub(crate) fn gemm(a: &Tensor, b: &Tensor, start: Option<Tensor>, dtype: DType) -> Result<Tensor> {
+    if few_rows::serves(a.layout(), b.layout()) && a.dim(1) == b.dim(0) && a.dtype() == dtype {
+        return with_float!(dtype, "matmul", T => few_rows::product::<T>(a, b, start));
+    }
     match a.dtype() {
         DType::F32 => product::<f32>(a, b, start),
         DType::F64 => product::<f64>(a, b, start),

@@ -12,6 +12,7 @@ pub mod cast;
 pub mod concat;
 pub mod cross_entropy;
 pub mod elementwise;
+mod few_rows;
 pub mod gather;
 pub mod interpolate;
 pub mod linear_cross_entropy;
