@@ -427,7 +427,9 @@ fn bad_requests_are_refused() {
 
     // no batch, and no token to choose
     let limited = |options| Generator::new(&m).with_options(options);
-    assert!(limited(GeneratorOptions { max_batch: Some(0), ..Default::default() }).plan(&[good.clone()]).is_err());
+    assert!(
+        limited(GeneratorOptions { max_batch: Some(0), ..Default::default() }).plan(std::slice::from_ref(&good)).is_err()
+    );
     assert!(limited(GeneratorOptions { vocab_limit: Some(0), ..Default::default() }).run(vec![good.clone()]).is_err());
     assert_eq!(generator.run(vec![]).unwrap(), []);
     assert_eq!(generator.run(vec![Request::new(vec![1], 0)]).unwrap(), [Output::default()]);
