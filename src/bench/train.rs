@@ -142,7 +142,8 @@ impl Steps {
         self.step += 1;
         let loss = micro_step(tape(s), &self.model, batch, options, 1.0, &mut self.grads)?;
         let norm = self.optimizer.submit(&mut self.model, &mut self.grads, self.step, &h, 1.0)?;
-        (loss.item()?, norm.item()?);
+        loss.item()?;
+        norm.item()?;
         Ok(())
     }
 
