@@ -127,18 +127,3 @@ fn runs_give_way() {
         }
     }
 }
-
-/// The memory of runs is what is counted for them, and all of it is given back.
-#[test]
-fn runs_give_their_memory_back() {
-    let Some(cuda) = devices::cuda() else { return };
-    let m = model(KINDS[0], 1).to_device(cuda).unwrap();
-    let generate = |decoding| {
-        let c = m.config();
-        let request = Request::new(ids(c, 1, 2, 7).to_vec().unwrap(), c.block_size - 1);
-        generator(&m, decoding).run(vec![request]).unwrap();
-        cuda.memory_stats().current
-    };
-    let held = generate(Decoding::Single);
-    assert_eq!(generate(Decoding::Graphs), held);
-}

@@ -6,6 +6,7 @@ use felid::bench::{
     AttentionBench, CostBench, GenerateBench, KernelsBench, Machine, Profile, TrainBench, bench_attention, bench_cost,
     bench_generate, bench_kernels, bench_ladder, bench_train, peer_output, run_peer,
 };
+use felid::generate::Decoding;
 use felid::model::{ModelConfig, write_json};
 use felid::tensor::DType;
 use felid::{Error, Result};
@@ -195,6 +196,9 @@ struct Generate {
     /// Measured runs a chunk size
     #[arg(long, default_value_t = 3)]
     runs: usize,
+    /// How tokens follow one another on a CUDA device: graphs, runs or single
+    #[arg(long, default_value = "graphs", value_name = "HOW")]
+    decoding: Decoding,
     #[command(flatten)]
     output: Output,
 }
@@ -317,6 +321,7 @@ impl Generate {
             chunk_sizes,
             runs: self.runs,
             dtype: self.output.dtype,
+            decoding: self.decoding,
         };
         let peer = self.output.peer()?;
         self.output.show(&bench_generate(settings, device, peer)?, |report| {
