@@ -254,6 +254,10 @@ fn moves_are_exact() {
                 ops::write_rows(&mut cache, &rows, &places(&|i| r + 4 - i)?)?;
                 let batches = t.permute(&[1, 0, 2])?.reshape(&[r, h, 1, d])?;
                 ops::write_rows(&mut cache, &batches, &places(&|i| i)?)?;
+                let mut second = cache.copy()?;
+                let reversed = places(&|i| r + 2 - i)?;
+                ops::write_row_pairs([&mut cache, &mut second], [&batches, &batches], &reversed)?;
+                assert_eq!(cache.to_le_bytes()?, second.to_le_bytes()?);
                 Ok(cache)
             });
         }

@@ -43,7 +43,6 @@ fn any_request(m: &Cat, draw: &mut Philox) -> Request {
         stop_tokens: (0..draw.below(2)).map(|_| draw.below(c.vocab_size as u64) as i64).collect(),
         stop_strings: (0..draw.below(2)).map(|_| String::from(draw.below(c.vocab_size as u64) as u8 as char)).collect(),
         logprobs: (draw.below(8) == 0).then_some(1),
-        ..Default::default()
     }
 }
 

@@ -25,8 +25,7 @@ impl KvCache {
     }
     /// New rows of k and v, `[B, Hkv, n, d]`, at their places.
     pub fn write(&mut self, k: &Tensor, v: &Tensor, rows: &CacheRows) -> Result<()> {
-        ops::write_rows(&mut self.k, k, rows)?;
-        ops::write_rows(&mut self.v, v, rows)
+        ops::write_row_pairs([&mut self.k, &mut self.v], [k, v], rows)
     }
     /// Queries of new rows, `[B, H, n, d]`, against what each of them sees.
     pub fn attend(&self, q: &Tensor, rows: &CacheRows, scale: f64) -> Result<Tensor> {

@@ -66,7 +66,7 @@ pub use sample::{Draw, LogProbs, Sampling, log_probs, sample};
 pub use shape::{contiguous, expand, narrow, permute, reshape, split, transpose};
 pub use softmax::{log_softmax, softmax};
 pub use swiglu::swiglu;
-pub use write_rows::write_rows;
+pub use write_rows::{write_row_pairs, write_rows};
 
 use crate::autograd::Tape;
 

@@ -4,7 +4,11 @@ use crate::ops::CacheRows;
 use crate::tensor::Tensor;
 use crate::{Result, with_element};
 
-pub(crate) fn write_rows(target: &mut Tensor, x: &Tensor, rows: &CacheRows) -> Result<()> {
+pub(crate) fn write_rows(targets: &mut [&mut Tensor], xs: &[&Tensor], rows: &CacheRows) -> Result<()> {
+    targets.iter_mut().zip(xs).try_for_each(|(target, x)| write(target, x, rows))
+}
+
+fn write(target: &mut Tensor, x: &Tensor, rows: &CacheRows) -> Result<()> {
     let (heads, n, d, all) = (x.dim(1), x.dim(2), x.dim(3), target.dim(1));
     let x = x.dense_rows()?;
     with_element!(target.dtype(), "write_rows", T => {
