@@ -111,7 +111,18 @@ fn train_generate_logits_convert() {
         std::fs::write(path("bad.jsonl"), format!("{}\n{line}\n", prompts[0])).unwrap();
         fails(&["generate", "--model", &run, "--prompts", &path("bad.jsonl")], code, &parts);
     }
+    std::fs::write(path("bad.jsonl"), [prompts[0].as_bytes(), b"\n\n{\"prompt\": \"\xff\"}"].concat()).unwrap();
+    fails(&["generate", "--model", &run, "--prompts", &path("bad.jsonl")], 1, &["line 3", "utf-8"]);
+    // a row that asks for nothing is answered too
+    std::fs::write(path("none.jsonl"), "{\"prompt\": \"x\", \"max_new_tokens\": 0}\n{\"prompt\": \"x\"}").unwrap();
+    let out = felid(&["generate", "--model", &run, "--prompts", &path("none.jsonl"), "--max-new-tokens", "2"]);
+    let lines = text(&out.stdout).lines().map(|l| serde_json::from_str(l).unwrap()).collect::<Vec<serde_json::Value>>();
+    let none = lines.iter().find(|l| l["row"] == 0).unwrap();
+    assert_eq!((lines.len(), &none["tokens"], &none["finish"]), (2, &serde_json::json!([]), &serde_json::Value::Null));
     fails(&["generate", "--model", &run, "--prompts", &path("prompts.jsonl"), "--prompt", "x"], 2, &["--prompt"]);
+    let refused = ["generate", "--model", &run, "--prompt", "x", "--echo", "--max-new-tokens", "99"];
+    fails(&refused, 1, &["block_size of 64"]);
+    assert!(felid(&refused).stdout.is_empty());
     fails(&["generate", "--model", &run, "--prompt", "x", "--temperature", "0", "--top-k", "4"], 2, &["contradicts"]);
     fails(&["generate", "--model", &run, "--prompt", "x", "--chunk-size", "4@9"], 2, &["16,4@100"]);
     fails(&["generate", "--model", &run, "--prompt", "x", "--stop-token", "300"], 1, &["stop token 300"]);
