@@ -265,6 +265,12 @@ fn bad_folders_and_flags() {
     fails(&["train", "--data", &path("short.txt"), "--out", &path("r"), "--steps", "1"], 1, &["felid: "]);
     fails(&["train", "--threads", "0"], 2, &["threads"]);
     fails(&["bench", "train", "--preset", "nano", "--batch-size", "99999999999"], 2, &["99999999999 x 128", "too large"]);
+    fails(&["bench", "attention", "--chunk-sizes", "4,0"], 2, &["chunk sizes", "at least 1"]);
+    fails(&["bench", "attention", "--seq-len", "99999999999", "--batch-size", "99999999999"], 2, &["too large"]);
+    fails(&["bench", "generate", "--preset", "nano", "--chunk-sizes", "16,3"], 1, &["chunk size 3"]);
+    fails(&["bench", "generate", "--preset", "nano", "--batch-size", "99999999999999999"], 2, &["too many"]);
+    let cost = ["bench", "cost", "--presets", "nano", "--seq-len", "64", "--tokens", "64", "--chunk-sizes", "16,3"];
+    fails(&cost, 1, &["chunk size 3"]);
     fails(&["train", "--device", "cuda"], 1, &["--device cpu"]);
     fails(&["train", "--no-such-flag"], 2, &[]);
     fails(&["train", "--set", "nothing_known=1", "--out", &path("r")], 1, &["nothing_known"]);
