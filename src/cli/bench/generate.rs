@@ -9,7 +9,7 @@ use felid::model::ModelConfig;
 
 #[derive(Args)]
 pub struct Generate {
-    /// nano, cpu-small, paper-1b or paper-dense
+    /// nano, cpu-small, paper-31m, paper-92m, paper-1b or paper-dense
     #[arg(long, default_value = "cpu-small")]
     preset: String,
     /// Texts at once
