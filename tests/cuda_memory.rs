@@ -9,6 +9,8 @@ mod small_run;
 
 use felid::Error;
 use felid::cuda::gpu;
+use felid::generate::{Decoding, Generator, GeneratorOptions, Request};
+use felid::model::{Cat, ModelConfig};
 use felid::ops;
 use felid::tensor::{DType, Device, Tensor};
 use felid::train::{TrainConfig, Trainer};
@@ -54,4 +56,20 @@ fn running_out_is_an_error_and_leaves_the_process_usable() {
     assert!(text.contains("GiB") && text.contains("holds") && !text.contains('\n'), "{text}");
     assert_eq!(ops::sum_all(&held.into()).unwrap().value().item().unwrap(), 0.0);
     assert!(Tensor::zeros(&[4], DType::F64, cuda).is_err());
+}
+
+/// What runs of captured steps take they give back, and a batch takes no more the next time.
+#[test]
+fn generation_gives_its_memory_back() {
+    let _turn = TURN.lock();
+    let Some(cuda) = devices::cuda() else { return };
+    let m = Cat::new(ModelConfig::preset("nano").unwrap(), 1).unwrap().to_device(cuda).unwrap();
+    let held = |decoding| {
+        let options = GeneratorOptions { decoding, ..Default::default() };
+        let requests = (2..5).map(|n| Request::new(vec![7; n], 40)).collect();
+        Generator::new(&m).with_options(options).run(requests).unwrap();
+        cuda.memory_stats().current
+    };
+    let single = held(Decoding::Single);
+    assert_eq!([held(Decoding::Runs), held(Decoding::Graphs), held(Decoding::Graphs)], [single; 3]);
 }

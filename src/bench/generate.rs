@@ -1,7 +1,7 @@
 //! `felid bench generate`: greedy generation with the cache, as a user gets it, and a peer's beside it.
 
 use super::{Machine, Spread};
-use crate::generate::{Generator, GeneratorOptions, MemoryPlan, Request};
+use crate::generate::{Decoding, Generator, GeneratorOptions, MemoryPlan, Request};
 use crate::model::{Cat, ModelConfig};
 use crate::ops::cast_tensor;
 use crate::random;
@@ -28,6 +28,8 @@ pub struct GenerateBench {
     pub runs: usize,
     /// Of weights and cache.
     pub dtype: DType,
+    /// How tokens follow one another on a CUDA device.
+    pub decoding: Decoding,
 }
 
 /// One chunk size.
@@ -86,7 +88,8 @@ pub fn bench_generate(
         *p.value_mut() = cast_tensor(p.value(), settings.dtype)?;
     }
     let model = model.to_device(device)?;
-    let generator = Generator::new(&model).with_options(GeneratorOptions::default());
+    let generator =
+        Generator::new(&model).with_options(GeneratorOptions { decoding: settings.decoding, ..Default::default() });
     let mut rows = Vec::new();
     for &chunk in &settings.chunk_sizes {
         let request = |row: usize| Request {

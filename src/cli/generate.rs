@@ -3,7 +3,7 @@
 use super::{Compute, parse_dtype, print};
 use clap::{ArgGroup, Args};
 use felid::data::Tokenizer;
-use felid::generate::{Finish, Generation, Generator, GeneratorOptions, MemoryPlan, Output, Request};
+use felid::generate::{Decoding, Finish, Generation, Generator, GeneratorOptions, MemoryPlan, Output, Request};
 use felid::model::{ModelConfig, load};
 use felid::ops::{LogProbs, Sampling};
 use felid::tensor::{DType, Device};
@@ -32,6 +32,9 @@ pub struct Generate {
     /// Prompts that are continued at once [default: all that --prompts gives]
     #[arg(long)]
     max_batch: Option<usize>,
+    /// How tokens follow one another on a CUDA device: graphs, runs or single (for comparisons; the tokens are the same)
+    #[arg(long, default_value = "graphs", value_name = "HOW")]
+    decoding: Decoding,
     #[command(flatten)]
     settings: Settings,
     /// Print the prompt before its continuation
@@ -247,7 +250,7 @@ impl Generate {
                 (request, _) => request?,
             });
         }
-        let options = GeneratorOptions { max_batch: self.max_batch, ..Default::default() };
+        let options = GeneratorOptions { max_batch: self.max_batch, decoding: self.decoding, ..Default::default() };
         let generator = Generator::new(&model).with_tokenizer(tokenizer.clone()).with_options(options);
         if self.dry_run {
             return self.show_plan(generator.plan(&requests)?);

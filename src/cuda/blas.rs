@@ -11,8 +11,8 @@ use crate::{Error, Result};
 use cudarc::cublaslt::{result as lt, sys};
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard};
 
 /// Who computes matrix products on CUDA devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -172,6 +172,13 @@ impl Gpu {
         all.push((self.ordinal, blas));
         Ok(blas)
     }
+    /// Held while others submit work that uses the library's workspace: see [`Blas::submitting`]. None without the library.
+    pub(super) fn blas_alone(&'static self) -> Result<Option<MutexGuard<'static, ()>>> {
+        if Library::CublasLt.search().found.is_none() {
+            return Ok(None);
+        }
+        Ok(Some(self.blas()?.submitting.lock().unwrap_or_else(|e| e.into_inner())))
+    }
     fn refused(&self, what: &str, e: lt::CublasError) -> Error {
         Error::Device { device: format!("cuda:{}", self.ordinal), detail: format!("cuBLASLt {what}: {e}") }
     }
@@ -212,7 +219,7 @@ impl Gpu {
                 &algorithm,
                 blas.workspace.pointer() as *mut c_void,
                 WORKSPACE,
-                self.stream.cu_stream().cast(),
+                self.queue().cast(),
             )
             .map_err(failed)?;
         }

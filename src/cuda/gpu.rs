@@ -152,7 +152,12 @@ impl Gpu {
     pub(crate) fn forget_peak(&self) {
         self.memory.forget_peak();
     }
+    /// Where work is submitted: to the device's stream, or into what this thread captures.
+    pub(super) fn queue(&self) -> sys::CUstream {
+        super::replay::queue().unwrap_or(self.stream.cu_stream())
+    }
     pub(super) fn upload(&self, from: &[u8], to: u64) -> Result<()> {
+        super::replay::refuse_here(self.ordinal, "copy from main memory")?;
         self.bind()?;
         let copy = || {
             // SAFETY: `to` is a buffer of at least from.len() bytes of this device (callers' buffers know their size). The
@@ -172,12 +177,13 @@ impl Gpu {
         self.bind()?;
         let copy = || {
             // SAFETY: the caller's, as above.
-            let answer = unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) };
+            let answer = unsafe { result::memcpy_dtod_async(to, from, bytes, self.queue()) };
             check(self.ordinal, "copy on the device", answer)
         };
         self.timed(|| Work::moving("copy on the device", 2 * bytes), copy)
     }
     pub(super) fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        super::replay::refuse_here(self.ordinal, "copy to main memory")?;
         self.bind()?;
         let bytes = to.len();
         let copy = || {

@@ -188,12 +188,12 @@ impl Gpu {
                 // SAFETY: the caller's, as above; the driver copies the arguments before this returns.
                 let answer = unsafe {
                     let (blocks, threads, shared) = (three(grid.blocks), three(grid.threads), grid.shared as u32);
-                    result::launch_kernel(function.0, blocks, threads, shared, self.stream.cu_stream(), &mut pointers)
+                    result::launch_kernel(function.0, blocks, threads, shared, self.queue(), &mut pointers)
                 };
                 check(self.ordinal, symbol.name, answer)
             },
         )?;
-        if synchronous() {
+        if synchronous() && !super::replay::capturing() {
             check(self.ordinal, symbol.name, self.stream.synchronize())?;
         }
         Ok(())

@@ -2,6 +2,7 @@
 //! holds what.
 
 use super::gpu::{Gpu, check};
+use super::replay::Pieces;
 use super::spans::Work;
 use crate::memory::{Category, category};
 use crate::{Error, Result};
@@ -128,6 +129,25 @@ pub(super) fn gib(bytes: usize) -> String {
     }
 }
 
+/// Device memory as the pool hands it out, and what it is counted as.
+pub(super) struct Piece {
+    pub pointer: u64,
+    pub counted: usize,
+    pub category: Category,
+}
+
+impl Piece {
+    /// Give it back to the pool, after the work that was submitted before.
+    pub fn free(self, gpu: &'static Gpu) {
+        gpu.memory.give(self.counted, self.category);
+        if gpu.bind().is_ok() {
+            // SAFETY: this pointer came from malloc_async and is freed once, on the stream of all its uses. An error here
+            // belongs to earlier work and is reported where that is waited for.
+            let _ = unsafe { result::free_async(self.pointer, gpu.stream.cu_stream()) };
+        }
+    }
+}
+
 /// A run of device memory. Freed on the stream, after the work that was submitted before.
 pub(crate) struct CudaBuffer {
     gpu: &'static Gpu,
@@ -136,13 +156,20 @@ pub(crate) struct CudaBuffer {
     /// As counted: what was asked for, rounded up to the pool's granularity.
     counted: usize,
     category: Category,
+    /// The workspace that it goes back to.
+    home: Option<Arc<Pieces>>,
 }
 
 impl CudaBuffer {
     /// Memory whose contents are unspecified. Counts as the thread's current category.
     pub fn new(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
-        gpu.bind()?;
         let counted = bytes.max(1).next_multiple_of(512);
+        let home = Pieces::current(gpu);
+        if let Some(Piece { pointer, category, .. }) = home.as_ref().and_then(|h| h.take(counted)) {
+            return Ok(Self { gpu, pointer, bytes, counted, category, home });
+        }
+        super::replay::refuse_here(gpu.ordinal, "take new memory")?;
+        gpu.bind()?;
         let stream = gpu.stream.cu_stream();
         // SAFETY: the stream is alive, and all use of the memory is on it.
         let ask = || unsafe { result::malloc_async(stream, counted) };
@@ -164,14 +191,14 @@ impl CudaBuffer {
         };
         let category = category();
         gpu.memory.take(counted, category);
-        Ok(Self { gpu, pointer, bytes, counted, category })
+        Ok(Self { gpu, pointer, bytes, counted, category, home })
     }
     pub fn zeroed(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
         let buffer = Self::new(gpu, bytes)?;
         if bytes > 0 {
             let clear = || {
                 // SAFETY: the buffer holds that many bytes and is used on this stream only.
-                let answer = unsafe { result::memset_d8_async(buffer.pointer, 0, bytes, gpu.stream.cu_stream()) };
+                let answer = unsafe { result::memset_d8_async(buffer.pointer, 0, bytes, gpu.queue()) };
                 check(gpu.ordinal, "clear device memory", answer)
             };
             gpu.timed(|| Work::moving("memset", bytes), clear)?;
@@ -192,6 +219,14 @@ impl CudaBuffer {
     pub fn pointer(&self) -> u64 {
         self.pointer
     }
+    /// Overwrite bytes from the first on with some of main memory.
+    pub fn upload(&self, from: &[u8]) -> Result<()> {
+        if from.len() > self.bytes {
+            let detail = format!("{} bytes into a buffer of {}", from.len(), self.bytes);
+            return Err(Error::Device { device: format!("cuda:{}", self.gpu.ordinal), detail });
+        }
+        if from.is_empty() { Ok(()) } else { self.gpu.upload(from, self.pointer) }
+    }
     /// Copy `to.len()` bytes, from byte `at` on, to main memory; waits for the device.
     pub fn download(&self, at: usize, to: &mut [u8]) -> Result<()> {
         if at.checked_add(to.len()).is_none_or(|end| end > self.bytes) {
@@ -210,11 +245,10 @@ impl std::fmt::Debug for CudaBuffer {
 
 impl Drop for CudaBuffer {
     fn drop(&mut self) {
-        self.gpu.memory.give(self.counted, self.category);
-        if self.gpu.bind().is_ok() {
-            // SAFETY: this pointer came from malloc_async and is freed once, on the stream of all its uses. An error here
-            // belongs to earlier work and is reported where that is waited for.
-            let _ = unsafe { result::free_async(self.pointer, self.gpu.stream.cu_stream()) };
+        let piece = Piece { pointer: self.pointer, counted: self.counted, category: self.category };
+        match &self.home {
+            Some(home) => home.give(piece),
+            None => piece.free(self.gpu),
         }
     }
 }

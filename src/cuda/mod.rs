@@ -13,6 +13,7 @@ mod launch;
 pub mod libraries;
 mod memory;
 mod module;
+mod replay;
 mod spans;
 mod tensor_map;
 
@@ -25,5 +26,6 @@ pub(crate) use memory::CudaBuffer;
 pub use memory::CudaMemory;
 pub use module::{CompileReport, cache_folder, compile_for};
 pub(crate) use module::{Symbol, Variant};
+pub(crate) use replay::{Replay, Workspace};
 pub(crate) use spans::{Span, Work, start as start_spans, stop as stop_spans};
 pub(crate) use tensor_map::boxes;

@@ -57,6 +57,10 @@ thread_local! {
 pub(crate) fn start() {
     RECORD.set(Some(Record::default()));
 }
+/// True while what this thread submits is noted.
+pub(super) fn noting() -> bool {
+    RECORD.with_borrow(Option::is_some)
+}
 /// Note nothing more, and forget what was noted.
 pub(crate) fn stop() {
     RECORD.take();

@@ -1,6 +1,7 @@
 //! Serving requests: who runs, who waits, and a turn of all that run.
 
 use super::generator::{Generator, MemoryPlan};
+use super::lookahead::Lookahead;
 use super::request::{Event, Finish, Request};
 use super::text::TextStream;
 use crate::model::{Cache, CacheSize, Prompt, TextId};
@@ -15,15 +16,17 @@ use std::time::{Duration, Instant};
 /// nothing more comes.
 #[derive(Debug)]
 pub struct Generation {
-    generator: Generator,
-    cache: Cache,
+    pub(super) generator: Generator,
+    pub(super) cache: Cache,
     size: CacheSize,
     plan: MemoryPlan,
-    rows: Vec<Row>,
+    pub(super) rows: Vec<Row>,
     /// Requests that wait, in the order of asking.
-    waiting: VecDeque<usize>,
+    pub(super) waiting: VecDeque<usize>,
     /// Requests that run.
-    running: Vec<usize>,
+    pub(super) running: Vec<usize>,
+    /// Tokens of those that run that are chosen and not handed out.
+    pub(super) ahead: Lookahead,
     events: VecDeque<Event>,
     begun: Instant,
     stats: Stats,
@@ -56,18 +59,18 @@ impl Stats {
 
 /// How far a request has come.
 #[derive(Debug)]
-struct Row {
-    request: Request,
+pub(super) struct Row {
+    pub request: Request,
     /// The prompt and the new tokens.
     ids: Vec<i64>,
-    produced: usize,
+    pub produced: usize,
     chunk_size: Option<usize>,
     /// Changes of the chunk size made so far, of those the request names.
-    changes: usize,
+    pub changes: usize,
     need: CacheSize,
-    text: Option<TextId>,
+    pub text: Option<TextId>,
     /// Its text has to be read from the beginning.
-    unread: bool,
+    pub unread: bool,
     /// Ids that occurred, a bit each, where there is a repetition penalty.
     seen: Vec<u64>,
     stream: Option<TextStream>,
@@ -151,6 +154,7 @@ impl Generation {
             waiting: (0..rows.len()).filter(|&r| rows[r].request.max_new_tokens > 0).collect(),
             rows,
             running: vec![],
+            ahead: Lookahead::default(),
             events: VecDeque::new(),
             begun,
             stats: Stats::default(),
@@ -199,6 +203,7 @@ impl Generation {
                 state.unread = true;
                 state.text = moved.or_else(|| self.cache.reserve(held));
                 if moved.is_none() {
+                    self.ahead.forget(row);
                     return Err(self.no_room(need));
                 }
             }
@@ -208,6 +213,9 @@ impl Generation {
         let state = &mut self.rows[row];
         state.unread |= state.chunk_size != Some(chunk_size);
         (state.chunk_size, state.need) = (Some(chunk_size), need);
+        if state.unread {
+            self.ahead.forget(row);
+        }
         Ok(())
     }
     /// What it holds.
@@ -231,6 +239,7 @@ impl Generation {
     }
     fn leave(&mut self, row: usize) {
         self.running.retain(|&r| r != row);
+        self.ahead.forget(row);
         if let Some(text) = self.rows.get_mut(row).and_then(|r| r.text.take()) {
             self.cache.free(text);
         }
@@ -238,6 +247,10 @@ impl Generation {
 
     /// The next token of every text that runs, once those that wait and have room have joined.
     fn turn(&mut self) -> Result<()> {
+        self.land()?;
+        if let Some(turn) = self.ahead.turns.pop_front() {
+            return self.take(turn.into_iter().map(|(row, id)| (row, id, None)).collect());
+        }
         let most = self.generator.options.max_batch.unwrap_or(usize::MAX);
         while self.running.len() < most
             && let Some(&row) = self.waiting.front()
@@ -253,6 +266,9 @@ impl Generation {
         if !going.is_empty() {
             let newest = |&r: &usize| Ok((text(&self.rows[r])?, self.rows[r].ids.last().copied().unwrap_or(0)));
             let next = going.iter().map(newest).collect::<Result<Vec<_>>>()?;
+            if unread.is_empty() && self.run_ahead(&going, 0, next.iter().map(|n| n.1).collect())? {
+                return self.turn();
+            }
             let logits = self.generator.model.step(&mut self.cache, &next)?;
             self.choose(&going, &logits)?;
         }
@@ -276,13 +292,24 @@ impl Generation {
         let draws: Vec<Draw> = rows.iter().map(|&r| self.rows[r].draw()).collect();
         let ids = sample(logits, limit, &draws)?;
         let asked = |&r: &usize| self.rows[r].request.logprobs;
-        let mut probs = match rows.iter().filter_map(asked).max() {
+        let probs = match rows.iter().filter_map(asked).max() {
             Some(top) => log_probs(logits, limit, &ids, top)?.into_iter().map(Some).collect(),
             None => vec![None; rows.len()],
         };
-        for ((&row, &id), probs) in rows.iter().zip(&ids).zip(&mut probs) {
+        self.take(rows.iter().zip(ids).zip(probs).map(|((&row, id), probs)| (row, id, probs)).collect())
+    }
+
+    /// Take in the tokens of a turn.
+    fn take(&mut self, tokens: Vec<(usize, i64, Option<LogProbs>)>) -> Result<()> {
+        let now = self.begun.elapsed();
+        self.stats.new_tokens += tokens.len();
+        if self.stats.first_token.is_none() {
+            (self.stats.first_tokens, self.stats.first_token) = (tokens.len(), Some(now));
+        }
+        self.stats.last_token = Some(now);
+        for (row, id, mut probs) in tokens {
             let state = &mut self.rows[row];
-            let mut probs = probs.take().filter(|_| state.request.logprobs.is_some());
+            probs = probs.filter(|_| state.request.logprobs.is_some());
             if let (Some(p), Some(top)) = (&mut probs, state.request.logprobs) {
                 p.top.truncate(top);
             }
@@ -292,12 +319,6 @@ impl Generation {
             }
             self.events.push_back(event);
         }
-        let now = self.begun.elapsed();
-        self.stats.new_tokens += rows.len();
-        if self.stats.first_token.is_none() {
-            (self.stats.first_tokens, self.stats.first_token) = (rows.len(), Some(now));
-        }
-        self.stats.last_token = Some(now);
         Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! What generates: a model, perhaps with a tokenizer, and how much it may do at once.
 
 use super::generation::Generation;
+use super::lookahead::Decoding;
 use super::request::{Output, Request};
 use crate::data::Tokenizer;
 use crate::model::{CacheSize, Cat};
@@ -17,6 +18,8 @@ pub struct GeneratorOptions {
     /// Only ids below this are chosen: a vocabulary is padded, a tokenizer may know fewer ids than the model. Those of the
     /// tokenizer if there is one, else all of the model's.
     pub vocab_limit: Option<usize>,
+    /// How tokens follow one another on a CUDA device.
+    pub decoding: Decoding,
 }
 
 /// Continues prompts. Cloning is cheap, and one generator may serve several threads: each [`Generation`] has a cache of its

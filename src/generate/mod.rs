@@ -11,11 +11,13 @@
 
 mod generation;
 mod generator;
+mod lookahead;
 mod request;
 mod text;
 
 pub use generation::{Generation, Stats};
 pub use generator::{Generator, GeneratorOptions, MemoryPlan};
+pub use lookahead::Decoding;
 pub use request::{Event, Finish, Output, Request};
 
 use crate::model::Cat;

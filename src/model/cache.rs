@@ -193,6 +193,11 @@ impl Cache {
             || Error::shape("cache", format!("there is no text {} in this cache: reserve room for it first", id.0));
         self.texts.get_mut(id.0).and_then(Option::as_mut).ok_or_else(missing)
     }
+    /// The table that [`Cache::rope`] takes angles from.
+    #[cfg(feature = "cuda")]
+    pub(super) fn rope_table(&self) -> &RopeTable {
+        &self.rope
+    }
     /// Angles of rows at these positions. The table behind them is computed once and grows as positions do.
     pub(super) fn rope(&mut self, model: &Cat, positions: &[usize]) -> Result<RopeTable> {
         let need = positions.iter().max().map_or(0, |p| p + 1);

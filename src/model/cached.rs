@@ -260,7 +260,7 @@ impl Cat {
         self.separator().map(|s| expand(&reshape(s, &[1, 1, d])?, &[batch, 1, d])).transpose()
     }
     /// `[.., D]` -> `[rows, V]`.
-    fn last_logits(&self, h: &Var) -> Result<Tensor> {
+    pub(super) fn last_logits(&self, h: &Var) -> Result<Tensor> {
         let y = ops::linear(h, &self.output, None)?.into_value();
         y.reshape(&[y.numel() / y.last_dim().max(1), y.last_dim()])
     }

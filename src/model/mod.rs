@@ -2,6 +2,8 @@
 //!
 //! Letters as in [`crate::ops`].
 
+#[cfg(feature = "cuda")]
+mod ahead;
 mod cache;
 mod cached;
 mod cat;
@@ -16,6 +18,8 @@ mod layers;
 mod param;
 mod plan;
 
+#[cfg(feature = "cuda")]
+pub(crate) use ahead::{Ahead, AheadRow, First, MOST_STEPS};
 pub use cache::{Cache, CacheSize, TextId};
 pub use cached::Prompt;
 pub use cat::{Cat, ForwardOptions, IGNORE_INDEX};

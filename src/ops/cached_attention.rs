@@ -18,7 +18,7 @@ pub struct CacheRows(Arc<Lists>);
 
 #[derive(Debug)]
 struct Lists {
-    /// A run for each row, none empty.
+    /// A run for each row, none empty. Of rows whose runs a device knows alone, only as many as they are.
     seen: Vec<Range<usize>>,
     /// The rows that a cache needs to hold them all.
     least: usize,
@@ -51,6 +51,12 @@ impl CacheRows {
         #[cfg(not(feature = "cuda"))]
         let lists = Lists { seen, least, most };
         Ok(Self(Arc::new(lists)))
+    }
+    /// Rows whose runs a device knows alone: i64 `[2, R]`, the starts and then the ends, of a cache of at least `least` rows
+    /// whatever they become. No other device may be asked.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(list: Tensor, least: usize) -> Self {
+        Self(Arc::new(Lists { seen: vec![0..0; list.dim(1)], least, copies: Mutex::new(vec![list]) }))
     }
     /// The number of rows, R.
     pub fn len(&self) -> usize {

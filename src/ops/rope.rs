@@ -83,6 +83,20 @@ impl RopeTable {
             whole: Some(self.clone()),
         })))
     }
+    /// For as many elements as `index` has, at positions that a device knows alone: element i is this table's element
+    /// `index[i]`, i64 `[L]` on a device, which the caller knows to be one. No other device may be asked.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn select_at(&self, index: Tensor) -> Result<Self> {
+        let [_, table] = self.on(index.device())?;
+        Ok(Self(Arc::new(Table {
+            rows: vec![0; index.numel()],
+            n: self.0.n,
+            f32: self.0.f32.clone(),
+            f64: self.0.f64.clone(),
+            copies: Mutex::new(vec![[index, table]]),
+            whole: Some(self.clone()),
+        })))
+    }
     /// The number of positions, L.
     pub fn len(&self) -> usize {
         self.0.rows.len()
@@ -90,6 +104,11 @@ impl RopeTable {
     /// True for no positions.
     pub fn is_empty(&self) -> bool {
         self.0.rows.is_empty()
+    }
+    /// True if it is this very table.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
     /// The row of the table for each position.
     pub(crate) fn rows(&self) -> &[usize] {

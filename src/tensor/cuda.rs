@@ -70,6 +70,10 @@ impl Tensor {
     pub(crate) fn gpu(&self) -> Result<&'static Gpu> {
         Ok(self.cuda_buffer()?.gpu())
     }
+    /// Overwrite the first elements of the storage, in place and whoever shares it, after the work submitted before.
+    pub(crate) fn overwrite(&mut self, elements: &[i64]) -> Result<()> {
+        self.cuda_buffer()?.upload(bytemuck::cast_slice(elements))
+    }
     /// The address of element `[0, 0, ..]`.
     pub(crate) fn pointer(&self) -> Result<u64> {
         Ok(self.cuda_buffer()?.pointer() + (self.layout.offset * self.dtype.size()) as u64)

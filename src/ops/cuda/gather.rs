@@ -11,20 +11,29 @@ const MANY: usize = 64;
 
 /// `y[o, j, ..] = x[o, index[j], ..]`, o over the dimensions before `dim`.
 pub(crate) fn gather(x: &Tensor, dim: usize, index: &[usize]) -> Result<Tensor> {
-    let mut shape = x.shape().to_vec();
-    shape[dim] = index.len();
+    if index.is_empty() {
+        let mut shape = x.shape().to_vec();
+        shape[dim] = 0;
+        return Tensor::empty(&shape, x.dtype(), x.device());
+    }
+    gather_at(x, dim, &upload(index.iter().map(|&i| i as i64).collect(), x)?)
+}
+
+/// As [`gather`], by a list on the device, i64 `[m]`, whose indices the caller knows to lie inside the dimension.
+pub(crate) fn gather_at(x: &Tensor, dim: usize, list: &Tensor) -> Result<Tensor> {
+    let (mut shape, m) = (x.shape().to_vec(), list.numel());
+    shape[dim] = m;
     let mut y = Tensor::empty(&shape, x.dtype(), x.device())?;
     let n = y.numel();
     if n == 0 {
         return Ok(y);
     }
     let s = Slices::new("index_select", x, dim)?;
-    let list = upload(index.iter().map(|&i| i as i64).collect(), x)?;
     let (symbol, each) = if s.packed { (kernels::gather::gather_packed, s.pack) } else { (kernels::gather::gather, 1) };
-    let sizes = [s.stride.into(), index.len().into(), s.width.into(), n.into()];
+    let sizes = [s.stride.into(), m.into(), s.width.into(), n.into()];
     let args = [&[y.write()?, x.read()?, s.lead.into(), s.inner.into(), list.read()?][..], &sizes].concat();
     // SAFETY: the parameters are (y, x, lead view, inner view, index, stride, m, w, n); indices lie inside the dimension, as
-    // the op has checked, and y is new and holds n elements.
+    // the caller has checked, and y is new and holds n elements.
     unsafe { x.gpu()?.launch(symbol, x.variant()?, Grid::for_each(n / each, 256), &args)? };
     Ok(y)
 }

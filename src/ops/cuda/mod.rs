@@ -4,6 +4,7 @@
 //! and says why the launch is sound. The mathematics stands in `kernels/<op>.cu`.
 
 pub mod adamw;
+pub mod advance;
 pub mod assemble_blocks;
 pub mod attention;
 pub mod attention_ladder;

@@ -3,7 +3,7 @@
 use super::rows::float_variant;
 use crate::Result;
 use crate::cuda::{Grid, kernels::sample as kernel};
-use crate::ops::{Draw, LogProbs};
+use crate::ops::{Draw, LogProbs, Sampling};
 use crate::tensor::{DType, Device, Tensor};
 
 /// Threads of a block.
@@ -20,17 +20,28 @@ fn upload(words: Vec<u64>, shape: &[usize], device: Device) -> Result<Tensor> {
 }
 
 pub(crate) fn sample(logits: &Tensor, limit: usize, rows: &[Draw]) -> Result<Vec<i64>> {
+    let greedy = rows.iter().all(|r| is_greedy(&r.how));
+    let how = upload(rows.iter().flat_map(|r| words(&r.how, r.uniform)).collect(), &[rows.len(), 5], logits.device())?;
+    sample_at(&penalized(logits, limit, rows)?, limit, &how, greedy)?.to_vec()
+}
+
+/// True where a row's token is the likeliest whatever number is drawn.
+pub(crate) fn is_greedy(how: &Sampling) -> bool {
+    how.temperature == 0.0 || how.top_k == 1
+}
+/// A row's settings as the kernel takes them (`How`).
+pub(crate) fn words(how: &Sampling, uniform: f64) -> [u64; 5] {
+    let [temperature, top_p, min_p, uniform] = [how.temperature, how.top_p, how.min_p, uniform].map(f64::to_bits);
+    [temperature, top_p, min_p, uniform, how.top_k as u64]
+}
+
+/// As [`sample`], without a penalty and by settings on the device, [`words`] a row; the ids stay there.
+pub(crate) fn sample_at(logits: &Tensor, limit: usize, how: &Tensor, greedy: bool) -> Result<Tensor> {
     let variant = float_variant("sample", logits)?;
-    let logits = penalized(logits, limit, rows)?.dense_rows()?;
+    let logits = logits.dense_rows()?;
     let (b, device) = (logits.dim(0), logits.device());
     let mut ids = Tensor::empty(&[b], DType::I64, device)?;
-    let greedy = rows.iter().all(|r| r.how.temperature == 0.0 || r.how.top_k == 1);
     let mut weights = Tensor::empty(&[if greedy { 0 } else { b }, limit], DType::I64, device)?;
-    let words = |r: &Draw| {
-        let reals = [r.how.temperature, r.how.top_p, r.how.min_p, r.uniform].map(f64::to_bits);
-        [reals[0], reals[1], reals[2], reals[3], r.how.top_k as u64]
-    };
-    let how = upload(rows.iter().flat_map(words).collect(), &[b, 5], device)?;
     let args = [
         ids.write()?,
         weights.write()?,
@@ -43,7 +54,7 @@ pub(crate) fn sample(logits: &Tensor, limit: usize, rows: &[Draw]) -> Result<Vec
     // SAFETY: the parameters are (ids, weights, logits, stride, limit, how, scale), scale as f64; rows of logits are dense and
     // hold at least `limit` elements, ids, weights and how are new and have a row each (weights none where no row writes any).
     unsafe { logits.gpu()?.launch(kernel::sample, variant, Grid::new(b, THREADS), &args)? };
-    ids.to_vec()
+    Ok(ids)
 }
 
 /// Logits after the repetition penalty: a copy, where a row has one.

@@ -1,0 +1,113 @@
+//! What steps of decoding read and move on by themselves, in device memory: no number passes through main memory between
+//! two tokens, and every step has the same arguments.
+
+use super::gather::gather_at;
+use super::sample::{is_greedy, sample_at, words};
+use crate::Result;
+use crate::cuda::{Grid, kernels::advance as kernel};
+use crate::ops::{CacheRows, RopeTable, Sampling};
+use crate::random;
+use crate::tensor::{DType, Device, Tensor};
+use std::ops::Range;
+
+/// Steps that are noted at most.
+pub(crate) const MOST_STEPS: usize = 32;
+/// Lists of `words` in advance.cu, and of `how`.
+const LISTS: usize = 11;
+const SETTINGS: usize = 5;
+
+/// What one row reads in the first step.
+#[derive(Clone, Debug)]
+pub(crate) struct StepRow {
+    /// What it sees: of dense attention, inside CAT layers, and there the place of its input.
+    pub rows: Range<usize>,
+    pub layer_rows: Range<usize>,
+    pub open: Range<usize>,
+    /// The same inside CAT layers.
+    pub position: usize,
+    pub inside: usize,
+    /// The token that it is the row of.
+    pub newest: i64,
+    pub how: Sampling,
+    /// Of its uniforms, and the number of the first.
+    pub key: u64,
+    pub number: usize,
+}
+
+/// R rows that take steps together.
+#[derive(Debug)]
+pub(crate) struct Steps {
+    /// `[LISTS + SETTINGS + 1 + MOST_STEPS, R]`, i64: the lists, settings by row, steps taken, and the tokens noted. Its
+    /// parts are views, which only kernels write to.
+    all: Tensor,
+}
+
+impl Steps {
+    pub fn new(rows: usize, device: Device) -> Result<Self> {
+        Ok(Self { all: Tensor::empty(&[LISTS + SETTINGS + 1 + MOST_STEPS, rows], DType::I64, device)? })
+    }
+    pub fn len(&self) -> usize {
+        self.all.dim(1)
+    }
+    /// Begin anew, after the work submitted before; `behind` a step that only chooses.
+    pub fn set(&mut self, rows: &[StepRow], behind: bool) -> Result<()> {
+        let list = |of: &dyn Fn(&StepRow) -> i64| rows.iter().map(of).collect::<Vec<_>>();
+        let (of, moved) = (|i: usize| i as i64, |i: usize| i as i64 - i64::from(behind));
+        let lists = [
+            list(&|r| of(r.rows.start)),
+            list(&|r| moved(r.rows.end)),
+            list(&|r| of(r.layer_rows.start)),
+            list(&|r| moved(r.layer_rows.end)),
+            list(&|r| moved(r.open.start)),
+            list(&|r| moved(r.open.end)),
+            list(&|r| moved(r.position)),
+            list(&|r| moved(r.inside)),
+            list(&|r| r.newest),
+            list(&|r| r.key as i64),
+            list(&|r| of(r.number)),
+        ];
+        let how = rows.iter().flat_map(|r| words(&r.how, random::uniform_at(r.key, r.number as u64)).map(|w| w as i64));
+        let all: Vec<i64> = lists.concat().into_iter().chain(how).chain(rows.iter().map(|_| 0)).collect();
+        self.all.overwrite(&all)
+    }
+
+    fn part(&self, at: usize, n: usize) -> Result<Tensor> {
+        self.all.narrow(0, at, n)
+    }
+    /// Rows of dense attention, inside CAT layers, and the places of inputs there, in caches of at least so many rows.
+    pub fn cache_rows(&self, least: [usize; 3]) -> Result<[CacheRows; 3]> {
+        let rows = |i: usize| Ok(CacheRows::on_device(self.part(2 * i, 2)?, least[i]));
+        Ok([rows(0)?, rows(1)?, rows(2)?])
+    }
+    /// Angles at the rows' positions, and at those inside CAT layers, by a table that holds them all.
+    pub fn rope(&self, table: &RopeTable) -> Result<[RopeTable; 2]> {
+        let at = |i: usize| table.select_at(self.part(i, 1)?.reshape(&[self.len()])?);
+        Ok([at(6)?, at(7)?])
+    }
+    /// Rows of a table `[V, D]` for the newest tokens, `[1, R, D]`.
+    pub fn embedding(&self, table: &Tensor) -> Result<Tensor> {
+        gather_at(table, 0, &self.part(8, 1)?)?.reshape(&[1, self.len(), table.dim(1)])
+    }
+    /// Choose a token of each row from its logits `[R, V]`, among ids below `limit`, and move on. `greedy` if all rows are.
+    pub fn choose(&mut self, logits: &Tensor, limit: usize, greedy: bool) -> Result<()> {
+        let how = self.part(LISTS, SETTINGS)?;
+        let ids = sample_at(logits, limit.min(logits.dim(1)), &how, greedy)?;
+        let (step, log) = (self.part(LISTS + SETTINGS, 1)?, self.part(LISTS + SETTINGS + 1, MOST_STEPS)?);
+        let (rows, most) = (self.len().into(), MOST_STEPS.into());
+        let args = [self.all.read()?, how.read()?, step.read()?, log.read()?, ids.read()?, rows, most];
+        // SAFETY: the parameters are (words, how, step, log, ids, rows, most): parts of `all`, which is as large as they are
+        // together and written by nobody else (its views end with the steps that read them), and a token for each row.
+        unsafe { logits.gpu()?.launch(kernel::advance, self.all.variant()?, Grid::for_each(self.len(), 128), &args) }
+    }
+    /// The tokens of the first `n` steps, `[n, R]`; waits for them.
+    pub fn tokens(&self, n: usize) -> Result<Vec<i64>> {
+        self.part(LISTS + SETTINGS + 1, n)?.to_vec()
+    }
+}
+
+impl StepRow {
+    /// True if its token is the likeliest, whatever number is drawn.
+    pub fn is_greedy(&self) -> bool {
+        is_greedy(&self.how)
+    }
+}
