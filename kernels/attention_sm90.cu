@@ -6,141 +6,145 @@
 // q [B, H, Lq, d], k and v [B, Hkv, Lk, d] as tensor maps. y lies as [B, Lq, H, d], lse (f32, natural) as [B, H, Lq]; both are
 // overwritten. Online softmax in f32 with powers of 2; P is rounded to T before it meets v.
 //
-// What bounds it: a tile of a CAT of C 16 visits few keys, about 2.6 steps of 64 slots and 2 of locals, so that memory is the
-// floor (q, k, v and y once), and the wait for a tile's first bytes would double it. Hence blocks stay on their multiprocessor,
-// walk the tiles and copy ahead, into a ring of places that the next tile's keys follow in. Two blocks share a multiprocessor at
-// d 64: while one warpgroup takes powers, others multiply. Products, powers and issue slots of a step take about as long each
-// (256 cycles a warpgroup), so q is held in registers: from shared memory, a product of 64 columns would use all of its
-// bandwidth. That is 128 registers a thread, which leaves no room for a warp that only copies: thread 0 does, while its
-// products are under way. Steps that only half a tile of keys is needed of are half as wide.
+// What bounds it: a step of 64 keys takes a warpgroup 256 cycles of the tensor cores, as many of the special function units, and
+// some 200 issue slots, the scarcest of the three. So whatever is not the softmax is somebody else's work: one warp walks the
+// tiles, divides, finds ranges and copies q, k and v ahead across tiles, since a CAT of C 16 has only four steps or five in a
+// tile. Of a tile's steps those come first that nothing is masked in; they run in a loop of their own with nothing but waits,
+// products and powers. Then come slots at the edge and locals, half as wide where half is enough. acc is seldom multiplied when
+// a larger score comes: P may grow to 2^SLACK first, which costs nothing in floating point. Four warpgroups, in two blocks,
+// share a multiprocessor at d 64, so that some take powers while others multiply. q is read from shared memory for the sake
+// of registers: 128 * (2 * MANY + FEW) of a block are all that two blocks can have.
 //
-// Launch: attention_forward_sm90, min(row_tiles * H * B (B is 1 under JOINED), BLOCKS * multiprocessors) blocks of 256 threads.
-// Shared: (2 + 2 * RING) * TILE + 256 bytes: 114,944 at D 64, 229,632 at D 128.
+// Launch: attention_forward_sm90, min(row_tiles * H * B (B is 1 under JOINED), BLOCKS * multiprocessors) blocks of
+// 128 * (WARPGROUPS + 1) threads; the last four warps are there for their registers, one of them copies.
+// Shared: (4 + 2 * RING) * TILE + 256 bytes: 114,944 at D 64, 229,632 at D 128.
 #include "attention_sm90.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-#ifndef FORWARD_RING
-#define FORWARD_RING 6
-#endif
-constexpr int RING = FORWARD_RING; // places for a step's k and v
+constexpr float SLACK = 8.0f;                    // how far scores, in powers of 2, may pass base
+constexpr int RING = 5;                          // places for a step's k and v
+constexpr int FEW = D == 64 ? 32 : 40, MANY = D == 64 ? 104 : 232; // registers of who copies and who computes
+constexpr u32 OWN_ROWS = WARPGROUPS * TILE, STAGE = 2 * TILE;
+constexpr u32 RING_AT = 2 * OWN_ROWS, BARRIERS_AT = RING_AT + RING * STAGE, WORKS_AT = BARRIERS_AT + 128;
 
 // A row tile. Row `first` + r sees slots up to `slot` + n and locals of the block that opens at `local` + n * stride, where
 // n = r * blocks / 65,536, see `blocks_of`.
-struct alignas(16) Work { int first, end, slot, local, slot_steps, steps, head, batch; };
+struct alignas(16) Work {
+  int first, rows, slot, local, slot_steps, steps; // steps < 0: there are no more tiles
+  int whole[WARPGROUPS];                           // so many steps come first whose slots all rows of a warpgroup see
+  i64 y, lse;                                      // where the first row's begin
+};
+static_assert(sizeof(Work) <= 64 && WARPGROUPS == 2, "128 bytes for two");
+
+// Shared memory: q of even and of odd tiles, the ring, barriers (of each place that it has landed and that it is free, of q
+// likewise), works of even and of odd tiles.
+struct Memory {
+  u8 *at;
+  u32 base;
+  DEVICE explicit Memory(u8 *memory) : at(memory), base(shared_address(memory)) {}
+  DEVICE u32 q(u32 odd) const { return base + odd * OWN_ROWS; }
+  DEVICE u32 stage(u32 place) const { return base + RING_AT + place * STAGE; }
+  DEVICE u32 full(u32 place) const { return base + BARRIERS_AT + place * 8; }
+  DEVICE u32 empty(u32 place) const { return full(RING + place); }
+  DEVICE u32 q_full(u32 odd) const { return full(2 * RING + odd); }
+  DEVICE u32 q_empty(u32 odd) const { return full(2 * RING + 2 + odd); }
+  DEVICE Work &work(u32 odd) const { return reinterpret_cast<Work *>(at + WORKS_AT)[odd]; }
+};
+struct Maps { const TensorMap &q, &k, &v, &k_slots, &v_slots; };
+// Where the ring stands: a place, and which time round.
+struct Turn {
+  u32 place, parity;
+  DEVICE void next() {
+    if (++place == RING) place = 0, parity ^= 1;
+  }
+};
 
 // How many blocks of the mask begin in a row, times 65,536, rounded up: r * that / 65,536 is exact for 128 rows. Blocks longer
 // than a tile do not begin in it.
 DEVICE int blocks_of(const Attention &a) {
   if (a.mask == CAUSAL) return 65536;
-  return a.mask == FULL || a.stride > ROWS ? 0 : (int)((65535 + a.stride) / a.stride);
+  return a.mask == FULL || a.stride > ROWS ? 0 : (int)((65535 + (u32)a.stride) / (u32)a.stride);
 }
-// place_of, tile_of and visit_of in 32 bits: a 64-bit division takes longer than a step.
-DEVICE Work work_of(const Attention &a, u32 unit) {
-  const u32 tiles = (u32)a.row_tiles, heads = (u32)a.heads;
-  Place p;
-  if (a.mask == JOINED) p.tile = unit / heads, p.head = unit - p.tile * heads, p.batch = 0;
-  else {
-    const u32 rest = unit / tiles;
-    p.tile = tiles - 1 - (unit - rest * tiles), p.batch = rest / heads, p.head = rest - p.batch * heads;
+
+// ---- the copying warp: one lane of it ----
+
+DEVICE void copy(const Maps &maps, const Attention &a, const Memory &memory) {
+  const u32 tiles = (u32)a.row_tiles, heads = (u32)a.heads, all_heads = heads * (a.mask == JOINED ? 1 : (u32)a.batch);
+  const u32 units = tiles * all_heads;
+  const int blocks = blocks_of(a);
+  Turn turn = {0, 1}; // a place never used counts as released
+  u32 count = 0;      // tiles
+  bool back = false;  // there and back, so that no block gets the long tiles of every head
+  const auto publish = [&](const Work &w) {
+    barrier_wait(memory.q_empty(count & 1), (count >> 1 & 1) ^ 1);
+    memory.work(count & 1) = w;
+  };
+  for (u32 round = 0; round < units; round += gridDim.x, back = !back) {
+    const u32 unit = round + (back ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    if (unit >= units) continue;
+    Place p; // and tile_of, visit_of in 32 bits: a 64-bit division takes longer than a step
+    if (a.mask == JOINED) p.tile = unit / heads, p.head = unit - p.tile * heads, p.batch = 0;
+    else { // a head's tiles are neighbours, so that its keys stay in L2; the longest first
+      const u32 at = unit / tiles;
+      p.tile = tiles - 1 - (unit - at * tiles), p.batch = at / heads, p.head = at - p.batch * heads;
+    }
+    const Tile t = tile_of(a, p.tile, ROWS);
+    if (t.first >= t.end) continue;
+    const Visit v = visit_of(a, t, GROUP);
+    Work w = {t.first, t.end - t.first, slots_of(a, t.first).hi, v.local, v.slot_steps, v.steps};
+#pragma unroll
+    for (int g = 0; g < WARPGROUPS; g++)
+      w.whole[g] = g * GROUP < w.rows ? (w.slot + (g * GROUP * blocks >> 16) + 1) / GROUP : 0;
+    w.y = out_at(a, p, t.first, a.lq, p.head, a.heads);
+    w.lse = a.mask == JOINED ? p.head : stat_at(a, p, p.head, t.first);
+    publish(w);
+    const u32 q_full = memory.q_full(count & 1), to_q = memory.q(count & 1);
+    barrier_expect(q_full, OWN_ROWS);
+#pragma unroll
+    for (int g = 0; g < WARPGROUPS; g++) copy_tile(to_q + g * TILE, &maps.q, q_full, t.first + g * GROUP, p.head, p.batch);
+    count++;
+    const int head = (int)((u32)p.head / (u32)a.group);
+    const auto send = [&](const TensorMap *k, const TensorMap *v, int line) {
+      const u32 to = memory.stage(turn.place), full = memory.full(turn.place);
+      barrier_wait(memory.empty(turn.place), turn.parity);
+      barrier_expect(full, STAGE);
+      copy_tile(to, k, full, line, head, p.batch);
+      copy_tile(to + TILE, v, full, line, head, p.batch);
+      turn.next();
+    };
+    for (int step = 0; step < v.slot_steps; step++) send(&maps.k_slots, &maps.v_slots, step * GROUP);
+    for (int step = v.slot_steps; step < v.steps; step++) send(&maps.k, &maps.v, v.local + (step - v.slot_steps) * GROUP);
   }
-  const Tile t = tile_of(a, p.tile, ROWS);
-  const Visit v = visit_of(a, t, GROUP);
-  return {t.first, t.end, slots_of(a, t.first).hi, v.local, v.slot_steps, t.first < t.end ? v.steps : -1, p.head, p.batch};
-}
-
-// ---- copies ----
-
-// What thread 0 has copied, in shared memory: registers are short.
-struct Cursor {
-  u32 round;             // first unit of the round of units that is next
-  int back;              // there and back, so that no block gets the long tiles of every head
-  int sent, step, steps; // steps copied, the next one of the tile and how many it has
-  int tiles;             // whose q was copied
-  u32 place, parity;     // a place never used counts as released
-};
-struct Shared {
-  u32 q, ring, full, empty, q_full, q_empty;
-  Work *work;            // of even and of odd tiles
-  Cursor *cursor;
-};
-struct Maps { const TensorMap &q, &k, &v, &k_slots, &v_slots; };
-
-// Publishes the block's next tile and copies its q; after the last, one of no steps.
-DEVICE void next_tile(const Maps &maps, const Attention &a, const Shared &at, Cursor &c) {
-  const u32 units = (u32)(a.row_tiles * a.heads * (a.mask == JOINED ? 1 : a.batch));
   Work w;
   w.steps = -1;
-  while (c.round < units && w.steps < 0) {
-    const u32 unit = c.round + (c.back ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    c.round += gridDim.x, c.back ^= 1;
-    if (unit < units) w = work_of(a, unit);
-  }
-  barrier_wait(at.q_empty, (c.tiles & 1) ^ 1);
-  at.work[c.tiles & 1] = w;
-  c.tiles++, c.step = 0, c.steps = w.steps;
-  if (w.steps < 0) {
-    barrier_arrive(at.q_full);
-    return;
-  }
-  barrier_expect(at.q_full, WARPGROUPS * TILE);
-#pragma unroll
-  for (int g = 0; g < WARPGROUPS; g++) copy_tile(at.q + g * TILE, &maps.q, at.q_full, w.first + g * GROUP, w.head, w.batch);
-}
-// Thread 0 copies what there is room for. Its warp has done `done` steps and has read q of `tiles` tiles; it may wait for the
-// other warps to have come nearly as far.
-DEVICE void copy_ahead(const Maps &maps, const Attention &a, const Shared &at, int done, int tiles) {
-  Cursor &c = *at.cursor;
-  while (c.sent < done + RING - 1) {
-    if (c.step == c.steps) {
-      if (c.tiles > tiles) return;
-      next_tile(maps, a, at, c);
-    }
-    if (c.steps < 0) return;
-    const Work &w = at.work[c.tiles & 1 ^ 1];
-    const bool local = c.step >= w.slot_steps;
-    const int line = local ? w.local + (c.step - w.slot_steps) * GROUP : c.step * GROUP, head = w.head / (int)a.group;
-    const u32 to = at.ring + c.place * 2 * TILE, full = at.full + c.place * 8;
-    barrier_wait(at.empty + c.place * 8, c.parity);
-    barrier_expect(full, 2 * TILE);
-    copy_tile(to, local ? &maps.k : &maps.k_slots, full, line, head, w.batch);
-    copy_tile(to + TILE, local ? &maps.v : &maps.v_slots, full, line, head, w.batch);
-    c.step++, c.sent++;
-    if (++c.place == RING) c.place = 0, c.parity ^= 1;
-  }
+  publish(w);
+  barrier_arrive(memory.q_full(count & 1));
 }
 
-// ---- sums ----
+// ---- computing warpgroups ----
 
-// The warp's 16 rows of q as left sides of products: bits of `keep` only, those of `flip` turned.
-DEVICE void hold_rows(u32 (&q)[D / 16][4], u32 tile, u32 keep, u32 flip) {
-  const u32 line = (threadIdx.x >> 5) % 4 * 16 + (threadIdx.x & 15), chunk = threadIdx.x >> 4 & 1;
-#pragma unroll
-  for (int k = 0; k < D / 16; k++) {
-    ldmatrix(q[k], tile + k / 4 * BOX + line * 128 + ((k % 4 * 2 + chunk) ^ (line & 7)) * 16);
-#pragma unroll
-    for (int i = 0; i < 4; i++) q[k][i] = (q[k][i] & keep) ^ flip;
-  }
+// Of q at hand keeps the bits of `keep` and turns those of `flip`. For a negative scale, or none: seldom.
+DEVICE void turn_rows(u32 *q, u32 keep, u32 flip) {
+  const int group = threadIdx.x / 128;
+  q += group * TILE / 4;
+  for (int i = threadIdx.x % 128; i < (int)TILE / 4; i += 128) q[i] = (q[i] & keep) ^ flip;
+  stores_visible();
+  meet(1 + group, 128);
 }
 
-struct Softmax {
-  float top[2], sum[2]; // of the lane's two rows: largest product, the lane's part of the sum
-};
+// Of the lane's two rows: P = 2^(s factor - base) for products s, the lane's part of its sum, and the s that base must follow.
+struct Softmax { float base[2], sum[2], limit[2]; };
+struct Factor { float of, slack; }; // s factor is a score in powers of 2, slack an s
 
-// A step of 8 N keys. At an edge a lane's rows see keys sees[h] of them (counted from the first) and the warp's rows sees[2];
-// at an UPPER edge all from the first key on.
-enum : int { NO_EDGE = 0, UPPER = 1, EDGE = 2 };
-template <int N, int KIND>
-DEVICE void forward_step(float (&acc)[D / 8][4], Softmax &x, const u32 (&q)[D / 16][4], u32 k, u32 v, const Range (&sees)[3], float factor) {
-  float s[N][4];
-  wgmma_fence();
-#pragma unroll
-  for (int i = 0; i < D / 16; i++) wgmma_held<ALONG>(s, q[i], describe(k + i / 4 * BOX + i % 4 * STEP_ALONG), i > 0);
-  wgmma_commit();
-  wgmma_wait<0>();
+// Products s of 8 N keys to P, and acc to the same base. At an EDGE a lane's rows see keys sees[h] of them (counted from the
+// first) and the warp's rows sees[2].
+template <bool EDGE, int N>
+DEVICE void soften(u32 (&p)[N / 2][4], float (&s)[N][4], float (&acc)[D / 8][4], Softmax &x, const Range (&sees)[3],
+                   const Factor &factor) {
   const int column = (threadIdx.x & 3) * 2;
-  const auto skipped = [&](int n) { return KIND && ((KIND == EDGE && n * 8 + 15 < sees[2].lo) || n * 8 > sees[2].hi); }; // 16 columns from n * 8 on
-  float top[2] = {x.top[0], x.top[1]};
+  const auto skipped = [&](int n) { return EDGE && (n * 8 + 15 < sees[2].lo || n * 8 > sees[2].hi); }; // 16 columns from 8 n on
+  float top[2][2] = {{-infinity(), -infinity()}, {-infinity(), -infinity()}}; // of even and odd columns: shorter chains
 #pragma unroll
   for (int n = 0; n < N; n += 2) {
     if (skipped(n)) continue;
@@ -148,28 +152,33 @@ DEVICE void forward_step(float (&acc)[D / 8][4], Softmax &x, const u32 (&q)[D / 
     for (int m = n; m < n + 2; m++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        const int j = column + m * 8 + (e & 1);
-        if (KIND && ((KIND == EDGE && j < sees[e / 2].lo) || j > sees[e / 2].hi)) s[m][e] = -infinity();
-        top[e / 2] = fmaxf(top[e / 2], s[m][e]);
+        if (EDGE && (m * 8 + (e & 1) < sees[e / 2].lo - column || m * 8 + (e & 1) > sees[e / 2].hi - column)) s[m][e] = -infinity();
+        top[e / 2][e & 1] = fmaxf(top[e / 2][e & 1], s[m][e]);
       }
   }
-  float base[2], shrink[2], sum[2] = {0.0f, 0.0f};
+  float most[2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    top[h] = fmaxf(top[h], __shfl_xor_sync(0xffffffffu, top[h], 1));
-    top[h] = fmaxf(top[h], __shfl_xor_sync(0xffffffffu, top[h], 2));
-    base[h] = top[h] == -infinity() ? 0.0f : top[h] * factor; // nothing seen yet: all powers are 0
-    shrink[h] = power2(x.top[h] * factor - base[h]);
-    x.top[h] = top[h];
+    most[h] = fmaxf(top[h][0], top[h][1]);
+    most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 1));
+    most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 2));
   }
-#ifdef FORWARD_LAZY
-  if (__any_sync(0xffffffffu, shrink[0] != 1.0f || shrink[1] != 1.0f))
-#endif
+  if (__any_sync(0xffffffffu, most[0] > x.limit[0] || most[1] > x.limit[1])) {
+    float shrink[2];
 #pragma unroll
-  for (int n = 0; n < D / 8; n++)
+    for (int h = 0; h < 2; h++) {
+      const bool grows = most[h] > x.limit[h];
+      const float base = grows ? most[h] * factor.of : x.base[h];
+      shrink[h] = x.limit[h] == -infinity() ? 0.0f : power2(x.base[h] - base); // nothing seen before, nothing to keep
+      x.base[h] = base;
+      x.sum[h] *= shrink[h];
+      if (grows) x.limit[h] = most[h] + factor.slack;
+    }
 #pragma unroll
-    for (int e = 0; e < 4; e++) acc[n][e] *= shrink[e / 2];
-  u32 p[N / 2][4];
+    for (int n = 0; n < D / 8; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[n][e] *= shrink[e / 2];
+  }
 #pragma unroll
   for (int n = 0; n < N; n += 2) {
     if (skipped(n)) {
@@ -180,129 +189,136 @@ DEVICE void forward_step(float (&acc)[D / 8][4], Softmax &x, const u32 (&q)[D / 
 #pragma unroll
     for (int m = n; m < n + 2; m++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        s[m][e] = power2(s[m][e] * factor - base[e / 2]);
-        sum[e / 2] += s[m][e];
+      for (int h = 0; h < 2; h++) {
+        const float y = power2(s[m][2 * h] * factor.of - x.base[h]), z = power2(s[m][2 * h + 1] * factor.of - x.base[h]);
+        x.sum[h] += y;
+        x.sum[h] += z;
+        p[n / 2][(m - n) * 2 + h] = pack2<T>(y, z);
       }
-    p[n / 2][0] = pack2<T>(s[n][0], s[n][1]);
-    p[n / 2][1] = pack2<T>(s[n][2], s[n][3]);
-    p[n / 2][2] = pack2<T>(s[n + 1][0], s[n + 1][1]);
-    p[n / 2][3] = pack2<T>(s[n + 1][2], s[n + 1][3]);
   }
-#pragma unroll
-  for (int h = 0; h < 2; h++) x.sum[h] = x.sum[h] * shrink[h] + sum[h];
-  wgmma_fence();
-  tile_mix(acc, p, v);
-  wgmma_commit();
-  wgmma_wait<0>();
 }
 
-DEVICE void store_tile(T *y, float *lse, const Attention &a, const Work &w, const float (&acc)[1][D / 8][4], const Softmax &x, float factor) {
-  const int last = w.end - w.first - 1, head = w.head;
-  const Place p = {0, head, w.batch};
+DEVICE void release(u32 barrier) {
+  if ((threadIdx.x & 31) == 0) barrier_arrive(barrier);
+}
+// A step of the N keys at k, which have landed; `empty` says that they were read.
+template <bool EDGE, int N>
+DEVICE void forward_step(float (&acc)[D / 8][4], Softmax &x, u32 q, u32 k, const Range (&sees)[3], const Factor &factor,
+                         u32 empty) {
+  float s[N / 8][4];
+  u32 p[N / 16][4];
+  wgmma_fence();
+  tile_scores(s, q, k);
+  wgmma_commit();
+  wgmma_wait<0>();
+  soften<EDGE>(p, s, acc, x, sees, factor);
+  wgmma_fence();
+  tile_mix(acc, p, k + TILE);
+  wgmma_commit();
+  wgmma_wait<0>();
+  release(empty);
+}
+
+DEVICE void store_tile(T *y, float *lse, const Attention &a, const Work &w, const float (&acc)[1][D / 8][4], const Softmax &x) {
+  const int last = w.rows - 1;
   float one_over[1][2];
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     float sum = x.sum[h];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    one_over[0][h] = 1.0f / sum;
+    one_over[0][h] = __fdividef(1.0f, sum); // sum is 1 at least; a division proper is a call
     const int r = (threadIdx.x >> 5) * 16 + h * 8 + (threadIdx.x & 31) / 4;
-    if ((threadIdx.x & 3) == 0 && r <= last)
-      lse[stat_at(a, p, head, w.first + r)] = (x.top[h] * factor + log2f(sum)) / LOG2_E;
+    if ((threadIdx.x & 3) == 0 && r <= last) {
+      const i64 to = a.mask == JOINED ? stat_at(a, {}, (int)w.lse, w.first + r) : w.lse + r;
+      lse[to] = (x.base[h] + log2f(sum)) / LOG2_E;
+    }
   }
-  store_rows(y, acc, one_over, 0, (int)a.d, a.vector_out,
-             [&](int r) { return r <= last ? out_at(a, p, w.first + r, a.lq, head, a.heads) : -1; });
+  const u32 row = (u32)(a.heads * a.d);
+  store_rows(y + w.y, acc, one_over, 0, (int)a.d, true, [&](int r) -> i64 { return r <= last ? (i64)((u64)(u32)r * row) : -1; });
 }
 
-DEVICE void forward_tiles(const Maps &maps, T *y, float *lse, const Attention &a, const Shared &at) {
-  const int warp = threadIdx.x >> 5, group = warp / 4, lane = threadIdx.x & 31;
+DEVICE void compute(T *y, float *lse, const Attention &a, const Memory &memory) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, group = __shfl_sync(0xffffffffu, warp / 4, 0);
   // The largest score is the largest product if the factor is positive: a sign goes to q, and for 0, q is 0.
-  const float scale2 = scale_of(a) * LOG2_E, factor = scale2 == 0.0f ? 1.0f : fabsf(scale2);
-  const u32 keep = scale2 == 0.0f ? 0 : ~0u, flip = scale2 < 0.0f ? 0x80008000u : 0;
+  const float scale2 = scale_of(a) * LOG2_E, positive = scale2 == 0.0f ? 1.0f : fabsf(scale2);
+  const Factor factor = {positive, SLACK / positive};
   const int blocks = blocks_of(a);
-  u32 place = 0, parity = 0;
-  int tiles = 0, step = 0;
   float acc[1][D / 8][4];
-  u32 q[D / 16][4];
   Softmax x;
-  Range first, end; // what the warpgroup's first and last row see
-  for (int done = 0;; done++) { // steps
-    if (threadIdx.x == 0) copy_ahead(maps, a, at, done, tiles);
-    __syncwarp();
-    if (step == 0) {
-      barrier_wait(at.q_full, tiles & 1);
-      if (at.work[tiles & 1].steps < 0) return;
-      hold_rows(q, at.q + group * TILE, keep, flip);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(at.q_empty);
-      tiles++;
-      clear(acc);
-      x = {{-infinity(), -infinity()}, {0.0f, 0.0f}};
+  Turn turn = {0, 0};
+  for (u32 tiles = 0;; tiles++) {
+    const u32 odd = tiles & 1;
+    barrier_wait(memory.q_full(odd), tiles >> 1 & 1);
+    const Work &w = memory.work(odd);
+    if (w.steps < 0) return;
+    if (!(scale2 > 0.0f))
+      turn_rows(reinterpret_cast<u32 *>(memory.at + odd * OWN_ROWS), scale2 < 0.0f ? ~0u : 0, scale2 < 0.0f ? 0x80008000u : 0);
+    const u32 q = memory.q(odd) + group * TILE;
+    clear(acc);
+    x = {{0.0f, 0.0f}, {0.0f, 0.0f}, {-infinity(), -infinity()}};
+    int done = w.whole[group];
+    for (int left = done; left > 0; left--, turn.next()) {
+      barrier_wait(memory.full(turn.place), turn.parity);
+      forward_step<false, 64>(acc[0], x, q, memory.stage(turn.place), {}, factor, memory.empty(turn.place));
     }
-    const Work &w = at.work[tiles & 1 ^ 1];
-    const bool local = step >= w.slot_steps;
-    const auto range = [&](int r) -> Range {
-      r = min(r, w.end - w.first - 1);
-      const int n = r * blocks >> 16, opens = w.local + n * (int)a.stride;
-      if (!local) return {0, w.slot + n};
-      return {opens + (int)(a.mask == CAT), a.mask == CAT ? w.first + r : opens + (int)a.stride - 1};
-    };
-    if (step == 0 || step == w.slot_steps) {
-      first = range(group * GROUP);
-      end = range(group * GROUP + GROUP - 1);
-      if (w.first + group * GROUP >= w.end) end.hi = -1; // no rows
-    }
-    const int start = local ? w.local + (step - w.slot_steps) * GROUP : step * GROUP;
-    const u32 k = at.ring + place * 2 * TILE;
-    barrier_wait(at.full + place * 8, parity);
-    if (first.lo < start + GROUP && end.hi >= start) {
-      if (start >= end.lo && start + GROUP - 1 <= first.hi) {
-        forward_step<8, NO_EDGE>(acc[0], x, q, k, k + TILE, {}, factor);
-      } else {
-        const bool lower = first.lo < start + 32, upper = end.hi >= start + 32;
-        const int from = lower ? start : start + 32;
-        const u32 skip = lower ? 0 : 32 * 128;
-        const auto seen = [&](int lo, int hi) -> Range { return {range(lo).lo - from, range(hi).hi - from}; };
-        const int r = warp * 16, g = r + lane / 4;
-        const Range sees[3] = {seen(g, g), seen(g + 8, g + 8), seen(r, r + 15)};
-#ifdef FORWARD_UPPER
-        if (!local) {
-          if (upper) forward_step<8, UPPER>(acc[0], x, q, k, k + TILE, sees, factor);
-          else forward_step<4, UPPER>(acc[0], x, q, k, k + TILE, sees, factor);
-        } else
-#endif
-        if (lower && upper) forward_step<8, EDGE>(acc[0], x, q, k, k + TILE, sees, factor);
-        else forward_step<4, EDGE>(acc[0], x, q, k + skip, k + TILE + skip, sees, factor);
+    for (int local = 0; local < 2; local++) { // slots at the edge, then locals
+      const int end = local ? w.steps : w.slot_steps;
+      if (done == end) continue;
+      const auto range = [&](int r) -> Range {
+        r = min(r, w.rows - 1);
+        const int n = r * blocks >> 16, opens = w.local + n * (int)a.stride;
+        if (!local) return {0, w.slot + n};
+        return {opens + (int)(a.mask == CAT), a.mask == CAT ? w.first + r : opens + (int)a.stride - 1};
+      };
+      int from = local ? w.local : done * GROUP;
+      const Range rows[2] = {range(warp * 16 + lane / 4), range(warp * 16 + lane / 4 + 8)};
+      const int first = range(group * GROUP).lo;
+      const int last = group * GROUP < w.rows ? range(group * GROUP + GROUP - 1).hi : -1; // -1: no rows
+      for (; done < end; done++, from += GROUP, turn.next()) {
+        const u32 empty = memory.empty(turn.place);
+        barrier_wait(memory.full(turn.place), turn.parity);
+        const bool lower = first < from + 32 && last >= from, upper = first < from + 64 && last >= from + 32;
+        if (!lower && !upper) {
+          __syncwarp(); // all lanes have seen the place full before it is filled again
+          release(empty);
+          continue;
+        }
+        const int skip = lower ? 0 : 32, base = from + skip;
+        const u32 k = memory.stage(turn.place) + skip * 128;
+        const Range sees[3] = {{rows[0].lo - base, rows[0].hi - base}, {rows[1].lo - base, rows[1].hi - base},
+                               {__shfl_sync(0xffffffffu, rows[0].lo, 0) - base, __shfl_sync(0xffffffffu, rows[1].hi, 31) - base}};
+        if (lower && upper) forward_step<true, 64>(acc[0], x, q, k, sees, factor, empty);
+        else forward_step<true, 32>(acc[0], x, q, k, sees, factor, empty);
       }
     }
-    if (lane == 0) barrier_arrive(at.empty + place * 8);
-    if (++place == RING) place = 0, parity ^= 1;
-    if (++step == w.steps) {
-      store_tile(y, lse, a, w, acc, x, factor);
-      step = 0;
-    }
+    store_tile(y, lse, a, w, acc, x);
+    barrier_arrive(memory.q_empty(odd)); // every thread has read q and the tile's numbers
   }
 }
 
 DEVICE void forward(const Maps &maps, T *y, float *lse, const Attention &a) {
-  extern __shared__ __align__(1024) u8 memory[];
-  constexpr u32 END = (WARPGROUPS + 2 * RING) * TILE;
-  const u32 base = shared_address(memory), barriers = base + END;
-  const Shared at = {base, base + WARPGROUPS * TILE, barriers, barriers + RING * 8, barriers + RING * 16, barriers + RING * 16 + 8,
-                     reinterpret_cast<Work *>(memory + END + 128), reinterpret_cast<Cursor *>(memory + END + 192)};
-  if (threadIdx.x == 0) {
+  extern __shared__ __align__(1024) u8 shared[];
+  const Memory memory(shared);
+  if (threadIdx.x == 32 * WARPS) {
     for (int i = 0; i < RING; i++) {
-      barrier_init(at.full + i * 8, 1);
-      barrier_init(at.empty + i * 8, WARPS);
+      barrier_init(memory.full(i), 1);
+      barrier_init(memory.empty(i), WARPS);
     }
-    barrier_init(at.q_full, 1);
-    barrier_init(at.q_empty, WARPS);
+    for (int i = 0; i < 2; i++) {
+      barrier_init(memory.q_full(i), 1);
+      barrier_init(memory.q_empty(i), 32 * WARPS);
+    }
     barrier_init_done();
-    *at.cursor = {0, 0, 0, 0, 0, 0, 0, 1};
   }
   __syncthreads();
-  forward_tiles(maps, y, lse, a, at);
+  if (threadIdx.x >= 32 * WARPS) {
+    fewer_registers<FEW>();
+    if (threadIdx.x == 32 * WARPS) copy(maps, a, memory);
+  } else {
+    more_registers<MANY>();
+    compute(y, lse, a, memory);
+  }
 }
 #define ENTER forward({q, k, v, k_slots, v_slots}, y, lse, a)
 constexpr int BLOCKS = D <= 64 ? 2 : 1; // of a multiprocessor
@@ -311,7 +327,7 @@ constexpr int BLOCKS = D <= 64 ? 2 : 1; // of a multiprocessor
 constexpr int BLOCKS = 1;
 #endif
 
-KERNEL __launch_bounds__(32 * WARPS, BLOCKS)
+KERNEL __launch_bounds__(128 * (WARPGROUPS + 1), BLOCKS)
 attention_forward_sm90(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
                        const __grid_constant__ TensorMap k_slots, const __grid_constant__ TensorMap v_slots, T *y, float *lse,
                        const __grid_constant__ Attention a) { ENTER; }

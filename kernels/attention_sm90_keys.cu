@@ -29,19 +29,14 @@
 
 constexpr int RING = 4;                          // row tiles under way
 constexpr bool AHEAD = D == 64 && WARPGROUPS <= 2; // registers for the next row tile's products beside this one's
-#ifndef TURNS
-#define TURNS 0
-#endif
-#ifndef HELD_KEYS
-#define HELD_KEYS (D == 64 && WARPGROUPS <= 2)
-#endif
-constexpr int FEW = 24, MANY = WARPGROUPS == 1 ? 232 : WARPGROUPS == 2 ? 240 : 160; // registers
+constexpr int FEW = WARPGROUPS == 3 ? 32 : 24, MANY = WARPGROUPS == 1 ? 232 : WARPGROUPS == 2 ? 240 : 160; // registers
 constexpr u32 STAGE = 2 * TILE;                  // q, dy
 constexpr u32 STAGES_AT = 2 * WARPGROUPS * TILE, STATS_AT = STAGES_AT + RING * STAGE;
 constexpr u32 BARRIERS_AT = STATS_AT + RING * 2 * KEYS * 4;
 
 // Shared memory: k and v of the slots, then stages of q and dy, then of lse and delta, then barriers: of each stage that it
-// has landed and that it is free, and that k and v have landed.
+// has landed, and that k and v have. That a stage is free again is barrier 1 + place of the block's own: all lanes of a warp
+// have read its numbers then.
 struct Memory {
   u8 *at;
   u32 base;
@@ -49,8 +44,7 @@ struct Memory {
   DEVICE u32 stage(u32 place) const { return base + STAGES_AT + place * STAGE; }
   DEVICE float *stats(u32 place) const { return reinterpret_cast<float *>(at + STATS_AT) + place * 2 * KEYS; }
   DEVICE u32 full(u32 place) const { return base + BARRIERS_AT + place * 8; }
-  DEVICE u32 empty(u32 place) const { return full(RING + place); }
-  DEVICE u32 own() const { return full(2 * RING); }
+  DEVICE u32 own() const { return full(RING); }
 };
 
 // Which slots and rows a block takes. Blocks of a head share row tiles in L2 if they run at the same time, and the longest
@@ -112,10 +106,11 @@ DEVICE void copy(const TensorMap &q, const TensorMap &dy, const TensorMap &k, co
     }
   };
   read();
-  Turn turn = {0, 1}; // a place never used counts as released
-  for (int step = per_head * (int)a.group; step > 0; step--, turn.next()) {
+  Turn turn = {0, 0};
+  const int steps = per_head * (int)a.group;
+  for (int step = 0; step < steps; step++, turn.next()) {
     const u32 here = memory.full(turn.place), to = memory.stage(turn.place);
-    barrier_wait(memory.empty(turn.place), turn.parity);
+    if (step >= RING) meet(1 + turn.place, groups * 128 + 32);
     if (lane == 0) {
       barrier_expect(here, STAGE);
       copy_tile(to, &q, here, row, h, w.at.batch);
@@ -124,11 +119,10 @@ DEVICE void copy(const TensorMap &q, const TensorMap &dy, const TensorMap &k, co
     float *to_stats = memory.stats(turn.place);
 #pragma unroll
     for (int i = 0; i < 2; i++) to_stats[lane + 32 * i] = stats[i][0], to_stats[KEYS + lane + 32 * i] = stats[i][1];
-    __syncwarp();
-    if (lane == 0) barrier_arrive(here);
+    barrier_arrive(here);
     row += KEYS;
     if (row >= w.end) row = w.first, h++;
-    if (step > 1) read();
+    if (step + 1 < steps) read();
   }
 }
 
@@ -138,9 +132,6 @@ DEVICE void hold_tile(u32 (&x)[D / 16][4], u32 tile) {
 #pragma unroll
   for (u32 k = 0; k < D / 16; k++) ldmatrix(x[k], tile + k / 4 * BOX + r * 128 + ((k % 4 * 2 + half ^ r & 7) << 4));
 }
-
-// Counts at the barrier without waiting there.
-DEVICE void arrive(int name, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
 
 DEVICE void held_scores(float (&s)[8][4], const u32 (&own)[D / 16][4], u32 other) {
   const u64 b = describe(other);
@@ -182,36 +173,31 @@ DEVICE bool sum_slots(float (&dk)[D / 8][4], float (&dv)[D / 8][4], const Attent
   const u32 k = memory.base + group * TILE, v = k + WARPGROUPS * TILE;
   barrier_wait(memory.own(), 0);
   u32 held_k[D / 16][4], held_v[D / 16][4];
-  if constexpr (HELD_KEYS) hold_tile(held_k, k), hold_tile(held_v, v);
+  if constexpr (AHEAD) hold_tile(held_k, k), hold_tile(held_v, v);
 
   Turn turn = {0, 0};
   int tile = 0, left = per_head * (int)a.group;
-  const auto release = [&](u32 place) {
-    if (lane == 0) barrier_arrive(memory.empty(place));
+  const auto release = [&](u32 place, int then) { // of a step when `then` were left: if its place is filled again
+    if (then > RING) arrive(1 + place, groups * 128 + 32);
   };
   const auto advance = [&] {
     turn.next();
     left--;
     if (++tile == per_head) tile = 0;
   };
-  const bool turns = TURNS && groups == 2;
-  const auto take = [&] { if (turns) meet(1 + group, 256); };
-  const auto pass = [&](bool last) { if (turns && !(last && group == 1)) arrive(2 - group, 256); };
   const auto find = [&] { // the next row tile to compute, landed; false after the last
     while (left > 0) {
       barrier_wait(memory.full(turn.place), turn.parity);
       if (tile >= mine) return true;
-      release(turn.place);
+      release(turn.place, left);
       advance();
-      pass(false);
-      take();
     }
     return false;
   };
   float s[8][4], dp[8][4];
   const auto issue = [&](u32 q) {
     wgmma_fence();
-    if constexpr (HELD_KEYS) {
+    if constexpr (AHEAD) {
       held_scores(s, held_k, q);
       held_scores(dp, held_v, q + TILE);
     } else {
@@ -220,38 +206,30 @@ DEVICE bool sum_slots(float (&dk)[D / 8][4], float (&dv)[D / 8][4], const Attent
     }
     wgmma_commit();
   };
-  if (turns && group == 1) arrive(1, 256);
-  take();
-  if (!find()) {
-    pass(true);
-    return false;
-  }
+  if (!find()) return false;
   u32 before = RING; // the place that the products under way read last
+  int before_left = 0;
   if (AHEAD) issue(memory.stage(turn.place));
-  pass(false);
   while (true) {
     const u32 q = memory.stage(turn.place);
     if (!AHEAD) issue(q);
     wgmma_wait<0>();
-    if (before < RING) release(before);
+    if (before < RING) release(before, before_left);
     const int start = w.first + tile * KEYS, column = start + (lane & 3) * 2;
     const int blind[2] = {lo[0] - column, lo[1] - column};
     u32 p[4][4], ds[4][4];
     if (start >= all_from) soften<true>(p, ds, s, dp, memory.stats(turn.place), blind, scale2);
     else soften<false>(p, ds, s, dp, memory.stats(turn.place), blind, scale2);
-    take();
     wgmma_fence();
     tile_mix(dv, p, q + TILE, before < RING);
     tile_mix(dk, ds, q, before < RING);
-    before = turn.place;
+    before = turn.place, before_left = left;
     wgmma_commit();
     if (!AHEAD) wgmma_wait<0>();
     advance();
     if (!find()) break;
     if (AHEAD) issue(memory.stage(turn.place));
-    pass(false);
   }
-  pass(true);
   wgmma_wait<0>();
   return true;
 }
@@ -296,10 +274,7 @@ DEVICE void backward_keys(const TensorMap &q, const TensorMap &dy, const TensorM
   if (w.first >= w.end) return;
   const int groups = (w.slots.end - w.slots.first + GROUP - 1) / GROUP, warp = threadIdx.x >> 5; // warpgroups that have slots
   if (threadIdx.x == 32 * WARPS) {
-    for (int i = 0; i < RING; i++) {
-      barrier_init(memory.full(i), 2); // the copies, and the numbers stored beside them
-      barrier_init(memory.empty(i), groups * 4);
-    }
+    for (int i = 0; i < RING; i++) barrier_init(memory.full(i), 33); // the copies, and each lane's numbers beside them
     barrier_init(memory.own(), 1);
     barrier_init_done();
   }

@@ -3,81 +3,302 @@
 //   q [batch, H, n, d] by its strides, rows dense; row r = b n + i sees cache rows seen[0, r] .. seen[1, r] - 1 (int64
 //   [2, batch n]). k and v [Hkv, T, d] by their strides, rows dense. y lies as [batch, n, H, d], overwritten.
 //
-// Launch: cached_attention, a block of 128 threads for each (r, query head); d at most 256. A warp takes 32 keys a step, the
-// block 128: a lane scores one key, then the lanes hold columns of v. Online softmax in f32, a warp at a time; the warps' parts
-// are joined in their order, so a row's result depends on nothing but its own keys.
-// Shared: q in f32, and the warps' parts.
-#include "rows.cuh"
+// Reading keys and values once is all the cost, so loads are all that the kernel is built for: 16 bytes a lane, a row of d
+// elements across LANES lanes, GROUPS rows in a load of a warp, UNROLL loads of k and as many of v on their way at once.
+//
+// A row's result depends on nothing but its query and its keys, in any bit, whatever the launch. So the order of its sums
+// is fixed by its own run, and threads are dealt out after it:
+// - the run is cut into chunks of CHUNK keys, and a chunk into steps of STEP keys, dealt to TEAMS teams in turn;
+// - a team has GROUPS online softmaxes in f32, one a group of lanes, each over the keys that it meets;
+// - joined are first teams t, t + 4, t + 8, t + 12, then the groups, then t = 0 .. 3, then the chunks, one after the other.
+//
+// - cached_attention_one, _two, _four (R): 128 threads, ceil(group / R) * Hkv * batch n blocks: a block reads a whole run for R
+//   query heads that share its keys. Its four warps play four teams each.
+// - cached_attention_wide: 512 threads, H * batch n by `chunks` blocks, for few rows: a warp is a team, and a block reads one
+//   chunk. Blocks past a run's end leave at once, so `chunks` may be anything that no run passes. If it is 1, y is done, else
+//   f32 partial [batch n, H, chunks, d + 2] is what is left: the sum of v in units of the largest score's, that score, the sum
+//   of powers.
+// - cached_attention_join: y from it. Launch: for_each(batch n * H * d).
+//
+// CASE: 2 * width + packed; heads are at most 64 << width wide, and packed ones of q, k and v begin and end on 16 bytes.
+#ifndef CASE
+#define CASE 1
+#endif
+#define PACKED (CASE & 1)
+#include "common.cuh"
 
-constexpr int WARPS = 4, MOST = 256, COLUMNS = MOST / 32;
+constexpr int D = 64 << CASE / 2;
+constexpr int P = Pack<T>::N;
+constexpr int LANES = D / P > 32 ? 32 : D / P, GROUPS = 32 / LANES;
+constexpr int PACKS = D / P / LANES, E = PACKS * P;   // of a lane
+constexpr int UNROLL = 4 / PACKS, STEP = GROUPS * UNROLL;
+constexpr int TEAMS = 16, CHUNK = 1024, JOINED = 4;   // CHUNK as in ops/cuda/cached_attention.rs
 
-KERNEL __launch_bounds__(32 * WARPS)
-cached_attention(T *__restrict__ y, const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v,
-                 const i64 *__restrict__ seen, i64 rows, i64 n, i64 heads, i64 group, i64 d, i64 q_batch, i64 q_head, i64 q_row,
-                 i64 k_head, i64 k_row, i64 v_head, i64 v_row, float scale, i64 packed) {
-  __shared__ float query[MOST];
-  __shared__ float part[WARPS][MOST];
-  __shared__ float tops[WARPS], sums[WARPS];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const i64 r = blockIdx.x / heads, h = blockIdx.x % heads;
-  const T *from = q + r / n * q_batch + h * q_head + r % n * q_row;
-  for (int c = threadIdx.x; c < d; c += blockDim.x) query[c] = to_f32(from[c]) * scale;
-  __syncthreads();
-  k += h / group * k_head;
-  v += h / group * v_head;
-  const i64 start = seen[r], end = seen[rows + r];
+// 64-bit fields only (`forward` in ops/cuda/cached_attention.rs).
+struct Cached {
+  i64 rows, n, heads, group, d, q_batch, q_head, q_row, k_head, k_row, v_head, v_row, chunks, scale_bits;
+};
 
-  float top = -infinity(), sum = 0.0f, acc[COLUMNS] = {};
-  for (i64 base = start + 32 * warp; base < end; base += 32 * WARPS) {
-    const i64 j = base + lane;
-    float s = -infinity();
-    if (j < end) {
-      const T *row = k + j * k_row;
-      s = 0.0f;
-      constexpr int N = Pack<T>::N;
-      if (packed) {
-        for (int c = 0; c < d; c += N) {
-          const Pack<T> pack = load_pack(row + c);
+// Scores are in units of log 2 where T has 16 bits, and natural in f32, whose exponentials are exact.
+constexpr bool EXACT = Same<T, float>::value;
+constexpr float UNIT = EXACT ? 1.0f : 1.4426950408889634f;
+DEVICE float power(float x) {
+  if constexpr (EXACT) {
+    return expf(x);
+  } else {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+}
+// What powers are relative to: nothing seen yet gives powers of 0.
+DEVICE float base_of(float top) { return top == -infinity() ? 0.0f : top; }
+
+// ---- softmaxes over some of the keys, and two of them joined ----
+
+struct Shares { float mine, theirs; };
+DEVICE Shares joined(float &top, float other) {
+  const float most = fmaxf(top, other), base = base_of(most);
+  const Shares s = {power(top - base), power(other - base)};
+  top = most;
+  return s;
+}
+// Written out, so that every caller rounds alike.
+DEVICE float mixed(float mine, float theirs, const Shares &s) { return fmaf(mine, s.mine, __fmul_rn(theirs, s.theirs)); }
+
+struct Softmax {
+  float top, sum, x[E];
+};
+DEVICE void clear(Softmax &s) {
+  s.top = -infinity(), s.sum = 0.0f;
 #pragma unroll
-          for (int e = 0; e < N; e++) s += query[c + e] * to_f32(pack.x[e]);
+  for (int e = 0; e < E; e++) s.x[e] = 0.0f;
+}
+DEVICE void join(Softmax &s, const Softmax &o) {
+  const Shares f = joined(s.top, o.top);
+  s.sum = mixed(s.sum, o.sum, f);
+#pragma unroll
+  for (int e = 0; e < E; e++) s.x[e] = mixed(s.x[e], o.x[e], f);
+}
+
+// Columns of a lane: P from column `x` on and, in f32 heads of 256, P more LANES P columns further.
+DEVICE int column(int x, int e) { return x + e / P * LANES * P + e % P; }
+
+// A team's keys of a chunk, for R queries. k and v point at the chunk's first row, at the lane's column.
+template <int R>
+DEVICE void play(Softmax (&s)[R], const float (&query)[R][E], const T *k, const T *v, i64 k_row, i64 v_row, int team, int keys,
+                 int x, int d) {
+  const int group = (threadIdx.x & 31) / LANES;
+#pragma unroll 1
+  for (int at = team * STEP; at < keys; at += TEAMS * STEP) {
+    Words ks[UNROLL][PACKS], vs[UNROLL][PACKS];
+    const T *own_k = k + (at + group) * k_row, *own_v = v + (at + group) * v_row;
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++)
+#pragma unroll
+      for (int p = 0; p < PACKS; p++) {
+        const int left = at + group + u * GROUPS < keys ? d : 0;   // past the end all is zero
+        ks[u][p] = load_words(own_k + u * GROUPS * k_row, column(x, p * P), left);
+      }
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++)
+#pragma unroll
+      for (int p = 0; p < PACKS; p++) {
+        const int left = at + group + u * GROUPS < keys ? d : 0;
+        vs[u][p] = load_words(own_v + u * GROUPS * v_row, column(x, p * P), left);
+      }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      float score[UNROLL], most = s[r].top;
+#pragma unroll
+      for (int u = 0; u < UNROLL; u++) {
+        score[u] = 0.0f;
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+          const Floats<T> key = unpacked<T>(ks[u][p]);
+#pragma unroll
+          for (int e = 0; e < P; e++) score[u] = fmaf(query[r][p * P + e], key.x[e], score[u]);
         }
-      } else {
-        for (int c = 0; c < d; c++) s += query[c] * to_f32(row[c]);
+      }
+#pragma unroll
+      for (int o = 1; o < LANES; o <<= 1)
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) score[u] += __shfl_xor_sync(0xffffffffu, score[u], o);
+#pragma unroll
+      for (int u = 0; u < UNROLL; u++) {
+        if (at + group + u * GROUPS >= keys) score[u] = -infinity();
+        most = fmaxf(most, score[u]);
+      }
+      const float base = base_of(most), shrink = power(s[r].top - base);
+      s[r].top = most;
+      s[r].sum = __fmul_rn(s[r].sum, shrink);
+#pragma unroll
+      for (int e = 0; e < E; e++) s[r].x[e] = __fmul_rn(s[r].x[e], shrink);
+#pragma unroll
+      for (int u = 0; u < UNROLL; u++) {
+        const float weight = power(score[u] - base);
+        s[r].sum = __fadd_rn(s[r].sum, weight);
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+          const Floats<T> value = unpacked<T>(vs[u][p]);
+#pragma unroll
+          for (int e = 0; e < P; e++) s[r].x[p * P + e] = fmaf(weight, value.x[e], s[r].x[p * P + e]);
+        }
       }
     }
-    const float best = fmaxf(top, warp_max(s));   // finite: lane 0 has a key
-    const float shrink = expf(top - best);
-    const float p = j < end ? expf(s - best) : 0.0f;
-    top = best;
-    sum = sum * shrink + warp_sum(p);
+  }
+}
+
+// The run of row `r` for R query heads from `head` on, or its chunk of that number (chunk < 0: all of them).
+template <int R, int WARPS>
+DEVICE void attend(T *y, const T *q, const T *k, const T *v, const i64 *seen, float *partial, const Cached &a, int r, int head,
+                   int chunk) {
+  constexpr int THREADS = 32 * WARPS, PLAYED = TEAMS / JOINED, WAITING = WARPS > JOINED ? WARPS - JOINED : 1;
+  __shared__ float waiting[WAITING][E + 2][32];              // of warps whose teams others join
+  __shared__ float tops[JOINED][R], sums[JOINED][R], parts[JOINED][R][D];
+  __shared__ float all_top[R][D], all_sum[R][D], all[R][D];  // chunks so far; each column knows its own
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, x = lane % LANES * P, d = (int)a.d;
+  const i64 start = seen[r] + (chunk > 0 ? (i64)chunk * CHUNK : 0), end = seen[a.rows + r];
+  if (start >= end) return;
+  const int heads = (int)a.heads, group = (int)a.group, spare = group - head % group;   // heads that share the keys from here on
+  const float scale = __uint_as_float((u32)a.scale_bits) * UNIT;
+  float query[R][E];
 #pragma unroll
-    for (int e = 0; e < COLUMNS; e++) acc[e] *= shrink;
-    const int keys = end - base < 32 ? (int)(end - base) : 32;
-    for (int t = 0; t < keys; t++) {
-      const float weight = __shfl_sync(0xffffffffu, p, t);
-      const T *row = v + (base + t) * v_row;
+  for (int i = 0; i < R; i++) {
+    const T *from = q + (u32)r / (u32)a.n * a.q_batch + (head + min(i, spare - 1)) * a.q_head + (u32)r % (u32)a.n * a.q_row;
 #pragma unroll
-      for (int e = 0; e < COLUMNS; e++)
-        if (e * 32 + lane < d) acc[e] += weight * to_f32(row[e * 32 + lane]);
+    for (int p = 0; p < PACKS; p++) {
+      const Floats<T> some = unpacked<T>(load_words(from, column(x, p * P), d));
+#pragma unroll
+      for (int e = 0; e < P; e++) query[i][p * P + e] = __fmul_rn(some.x[e], scale);
     }
   }
+  k += (u32)head / (u32)group * a.k_head;
+  v += (u32)head / (u32)group * a.v_head;
+
+#pragma unroll 1
+  for (i64 first = start; first < end; first += CHUNK) {
+    const int keys = end - first < CHUNK ? (int)(end - first) : CHUNK;
+    const bool last = chunk >= 0 || end - first <= CHUNK;
+    const T *own_k = k + first * a.k_row, *own_v = v + first * a.v_row;
+    Softmax s[R];
+    if constexpr (WARPS == JOINED) {
+#pragma unroll 1
+      for (int n = 0; n == 0 || n < PLAYED && (warp + n * JOINED) * STEP < keys; n++) {
+        Softmax more[R];
 #pragma unroll
-  for (int e = 0; e < COLUMNS; e++) part[warp][e * 32 + lane] = acc[e];
-  if (lane == 0) tops[warp] = top, sums[warp] = sum;
-  __syncthreads();
-  float best = tops[0];   // warp 0 has at least one key
+        for (int i = 0; i < R; i++) clear(more[i]);
+        play<R>(more, query, own_k, own_v, a.k_row, a.v_row, warp + n * JOINED, keys, x, d);
 #pragma unroll
-  for (int w = 1; w < WARPS; w++) best = fmaxf(best, tops[w]);
-  float total = 0.0f, share[WARPS];
+        for (int i = 0; i < R; i++) {
+          if (n == 0) s[i] = more[i];
+          else join(s[i], more[i]);
+        }
+      }
+    } else {
+      static_assert(R == 1 && WARPS == TEAMS);
+      clear(s[0]);
+      play<R>(s, query, own_k, own_v, a.k_row, a.v_row, warp, keys, x, d);
+      if (warp >= JOINED) {
+        float(&to)[E + 2][32] = waiting[warp - JOINED];
+        to[E][lane] = s[0].top, to[E + 1][lane] = s[0].sum;
 #pragma unroll
-  for (int w = 0; w < WARPS; w++) {
-    share[w] = expf(tops[w] - best);
-    total += sums[w] * share[w];
+        for (int e = 0; e < E; e++) to[e][lane] = s[0].x[e];
+      }
+      __syncthreads();
+      if (warp < JOINED) {
+#pragma unroll 1
+        for (int n = 1; n < PLAYED && (warp + n * JOINED) * STEP < keys; n++) {
+          const float(&from)[E + 2][32] = waiting[warp + (n - 1) * JOINED];
+          Softmax more = {from[E][lane], from[E + 1][lane]};
+#pragma unroll
+          for (int e = 0; e < E; e++) more.x[e] = from[e][lane];
+          join(s[0], more);
+        }
+      }
+    }
+    if (warp < JOINED) {
+#pragma unroll
+      for (int i = 0; i < R; i++) {
+#pragma unroll
+        for (int o = LANES; o < 32; o <<= 1) {
+          Softmax other = {__shfl_xor_sync(0xffffffffu, s[i].top, o), __shfl_xor_sync(0xffffffffu, s[i].sum, o)};
+#pragma unroll
+          for (int e = 0; e < E; e++) other.x[e] = __shfl_xor_sync(0xffffffffu, s[i].x[e], o);
+          join(s[i], other);
+        }
+        if (lane == 0) tops[warp][i] = s[i].top, sums[warp][i] = s[i].sum;
+        if (lane < LANES) {
+#pragma unroll
+          for (int e = 0; e < E; e++) parts[warp][i][column(x, e)] = s[i].x[e];
+        }
+      }
+    }
+    __syncthreads();
+    for (int n = threadIdx.x; n < R * D; n += THREADS) {
+      const int i = n / D, c = n % D;
+      if (i >= spare || c >= d) continue;
+      float top = tops[0][i], sum = sums[0][i], value = parts[0][i][c];   // warp 0 has a key
+#pragma unroll
+      for (int w = 1; w < JOINED; w++) {
+        const Shares f = joined(top, tops[w][i]);
+        sum = mixed(sum, sums[w][i], f);
+        value = mixed(value, parts[w][i][c], f);
+      }
+      const i64 pair = (i64)r * heads + head + i;
+      if (chunk >= 0 && a.chunks > 1) {
+        float *to = partial + (pair * a.chunks + chunk) * (d + 2);
+        to[c] = value;
+        if (c == 0) to[d] = top, to[d + 1] = sum;
+        continue;
+      }
+      if (first > start) {
+        float before = all_top[i][c];
+        const Shares f = joined(before, top);
+        top = before;
+        sum = mixed(all_sum[i][c], sum, f);
+        value = mixed(all[i][c], value, f);
+      }
+      if (last) y[pair * d + c] = from_f32<T>(value / sum);
+      else all_top[i][c] = top, all_sum[i][c] = sum, all[i][c] = value;
+    }
+    if (last) return;
+    __syncthreads();   // the parts are read before the next chunk's come
   }
-  for (int c = threadIdx.x; c < d; c += blockDim.x) {
-    float x = 0.0f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) x += part[w][c] * share[w];
-    y[(r * heads + h) * d + c] = from_f32<T>(x / total);
+}
+
+template <int R>
+DEVICE void attend_whole(T *y, const T *q, const T *k, const T *v, const i64 *seen, const Cached &a) {
+  const u32 group = (u32)a.group, shares = (group + R - 1) / R, key_heads = (u32)a.heads / group;   // of a key head: blocks
+  const u32 block = blockIdx.x / shares, r = block / key_heads, head = block % key_heads * group + blockIdx.x % shares * R;
+  attend<R, JOINED>(y, q, k, v, seen, nullptr, a, (int)r, (int)head, -1);
+}
+
+#define PARAMETERS \
+  T *__restrict__ y, const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v, const i64 *__restrict__ seen
+
+KERNEL __launch_bounds__(128, PACKED ? 6 : 4) cached_attention_one(PARAMETERS, Cached a) { attend_whole<1>(y, q, k, v, seen, a); }
+KERNEL __launch_bounds__(128, 3) cached_attention_two(PARAMETERS, Cached a) { attend_whole<2>(y, q, k, v, seen, a); }
+KERNEL __launch_bounds__(128, 2) cached_attention_four(PARAMETERS, Cached a) { attend_whole<4>(y, q, k, v, seen, a); }
+
+KERNEL __launch_bounds__(512, 1) cached_attention_wide(PARAMETERS, float *partial, Cached a) {
+  const u32 heads = (u32)a.heads;
+  attend<1, TEAMS>(y, q, k, v, seen, partial, a, (int)(blockIdx.x / heads), (int)(blockIdx.x % heads), (int)blockIdx.y);
+}
+
+KERNEL cached_attention_join(T *y, const float *partial, const i64 *seen, i64 rows, i64 heads, i64 d, i64 chunks) {
+  for (i64 e = thread_index(); e < rows * heads * d; e += thread_count()) {
+    const i64 pair = (u64)e / (u32)d, c = e - pair * d, r = (u64)pair / (u32)heads;
+    const float *from = partial + pair * chunks * (d + 2);
+    const i64 last = (seen[rows + r] - seen[r] - 1) / CHUNK;
+    float top = from[d], sum = from[d + 1], value = from[c];
+#pragma unroll 4
+    for (i64 n = 1; n <= last; n++) {
+      from += d + 2;
+      const Shares f = joined(top, from[d]);
+      sum = mixed(sum, from[d + 1], f);
+      value = mixed(value, from[c], f);
+    }
+    y[e] = from_f32<T>(value / sum);
   }
 }

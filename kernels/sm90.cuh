@@ -37,6 +37,9 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
 // `threads` threads (whole warps) meet at barrier `name`, 1 to 15; 0 is __syncthreads.
 DEVICE void meet(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
 
+// Counts at such a barrier without waiting there.
+DEVICE void arrive(int name, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
+
 // A box, its first element at those coordinates; what lies outside the tensor reads as zeros. Its bytes count in `barrier`.
 DEVICE void copy_box(u32 to, const TensorMap *map, u32 barrier, int x, int line, int batch) {
   asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"

@@ -387,6 +387,8 @@ fn long_sequences_on_cuda(quarter: usize) {
         cat(34, 1190, 128),
         cat(66, 700, 72),
         cat(6, 1538, 64),
+        cat(3, 1300, 64),
+        cat(2, 807, 48),
         square(Mask::Cat { stride: 17 }, 2, 2, 3, 200, 64),
         square(Mask::Causal, 1, 2, 2, 1025, 64),
         square(Mask::Causal, 1, 1, 1, 513, 128),

@@ -111,7 +111,18 @@ fn train_generate_logits_convert() {
         std::fs::write(path("bad.jsonl"), format!("{}\n{line}\n", prompts[0])).unwrap();
         fails(&["generate", "--model", &run, "--prompts", &path("bad.jsonl")], code, &parts);
     }
+    std::fs::write(path("bad.jsonl"), [prompts[0].as_bytes(), b"\n\n{\"prompt\": \"\xff\"}"].concat()).unwrap();
+    fails(&["generate", "--model", &run, "--prompts", &path("bad.jsonl")], 1, &["line 3", "utf-8"]);
+    // a row that asks for nothing is answered too
+    std::fs::write(path("none.jsonl"), "{\"prompt\": \"x\", \"max_new_tokens\": 0}\n{\"prompt\": \"x\"}").unwrap();
+    let out = felid(&["generate", "--model", &run, "--prompts", &path("none.jsonl"), "--max-new-tokens", "2"]);
+    let lines = text(&out.stdout).lines().map(|l| serde_json::from_str(l).unwrap()).collect::<Vec<serde_json::Value>>();
+    let none = lines.iter().find(|l| l["row"] == 0).unwrap();
+    assert_eq!((lines.len(), &none["tokens"], &none["finish"]), (2, &serde_json::json!([]), &serde_json::Value::Null));
     fails(&["generate", "--model", &run, "--prompts", &path("prompts.jsonl"), "--prompt", "x"], 2, &["--prompt"]);
+    let refused = ["generate", "--model", &run, "--prompt", "x", "--echo", "--max-new-tokens", "99"];
+    fails(&refused, 1, &["block_size of 64"]);
+    assert!(felid(&refused).stdout.is_empty());
     fails(&["generate", "--model", &run, "--prompt", "x", "--temperature", "0", "--top-k", "4"], 2, &["contradicts"]);
     fails(&["generate", "--model", &run, "--prompt", "x", "--chunk-size", "4@9"], 2, &["16,4@100"]);
     fails(&["generate", "--model", &run, "--prompt", "x", "--stop-token", "300"], 1, &["stop token 300"]);
@@ -254,6 +265,12 @@ fn bad_folders_and_flags() {
     fails(&["train", "--data", &path("short.txt"), "--out", &path("r"), "--steps", "1"], 1, &["felid: "]);
     fails(&["train", "--threads", "0"], 2, &["threads"]);
     fails(&["bench", "train", "--preset", "nano", "--batch-size", "99999999999"], 2, &["99999999999 x 128", "too large"]);
+    fails(&["bench", "attention", "--chunk-sizes", "4,0"], 2, &["chunk sizes", "at least 1"]);
+    fails(&["bench", "attention", "--seq-len", "99999999999", "--batch-size", "99999999999"], 2, &["too large"]);
+    fails(&["bench", "generate", "--preset", "nano", "--chunk-sizes", "16,3"], 1, &["chunk size 3"]);
+    fails(&["bench", "generate", "--preset", "nano", "--batch-size", "99999999999999999"], 2, &["too many"]);
+    let cost = ["bench", "cost", "--presets", "nano", "--seq-len", "64", "--tokens", "64", "--chunk-sizes", "16,3"];
+    fails(&cost, 1, &["chunk size 3"]);
     fails(&["train", "--device", "cuda"], 1, &["--device cpu"]);
     fails(&["train", "--no-such-flag"], 2, &[]);
     fails(&["train", "--set", "nothing_known=1", "--out", &path("r")], 1, &["nothing_known"]);

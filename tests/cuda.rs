@@ -264,18 +264,56 @@ fn moves_are_exact() {
     }
 }
 
-/// Rows of several texts against one cache: what each of them sees is as long as may be, from one key on.
+/// Rows that fill a device.
+const MANY: usize = 400;
+
+/// What rows of texts may see of one cache of 2600 rows: from one key on, and past 1024 and 2048, where sums are joined.
+fn runs(n: usize) -> Vec<std::ops::Range<usize>> {
+    let some = [0..1, 250..700, 0..33, 0..257, 5..64, 249..699, 1..2, 3..2600, 100..1124, 99..1124, 77..2126];
+    (0..n).map(|i| some.get(i).cloned().unwrap_or(i..i + 1 + 7 * i % 290)).collect()
+}
+
+/// Few rows, whose keys many warps share, and so many that each has a block or less.
 #[test]
 fn attention_to_a_cache_agrees() {
     let Some(_) = devices::cuda() else { return };
-    let ends = [1usize, 700, 33, 257, 64, 699, 2];
-    let rows = ops::CacheRows::new(ends.iter().map(|&e| e.saturating_sub(450)..e).collect()).unwrap();
-    for (heads, key_heads, d) in [(4, 2, 64), (3, 3, 30), (2, 1, 128), (1, 1, 256), (2, 2, 5)] {
-        for shape in [[1, heads, 7, d], [7, heads, 1, d]] {
-            agrees("cached_attention", &[&shape, &[key_heads, 700, d], &[key_heads, 700, d]], |v| {
-                let y = ops::cached_attention(v[0].value(), v[1].value(), v[2].value(), &rows, 0.3)?;
-                one(Ok(Var::constant(y)))
-            });
+    for (heads, key_heads, d) in [(4, 2, 64), (3, 3, 30), (2, 1, 128), (1, 1, 256), (2, 2, 5), (8, 2, 64), (5, 1, 24)] {
+        for n in [11, MANY] {
+            let rows = ops::CacheRows::new(runs(n)).unwrap();
+            for shape in [[1, heads, n, d], [n, heads, 1, d]].iter().take(if n > 11 { 1 } else { 2 }) {
+                agrees("cached_attention", &[shape, &[key_heads, 2600, d], &[key_heads, 2600, d]], |v| {
+                    let y = ops::cached_attention(v[0].value(), v[1].value(), v[2].value(), &rows, 0.3)?;
+                    one(Ok(Var::constant(y)))
+                });
+            }
+        }
+    }
+}
+
+/// A row of many, whatever reads it, is in every bit the row alone, however long runs might be, and wherever keys lie.
+#[test]
+fn attention_to_a_cache_is_of_each_row_alone() {
+    let Some(cuda) = devices::cuda() else { return };
+    let seen = runs(MANY);
+    for (heads, key_heads, d) in [(2, 2, 64), (2, 1, 64), (4, 1, 128), (3, 1, 256), (1, 1, 40)] {
+        for dtype in FLOATS {
+            let there = |x: &Tensor| ops::cast_tensor(x, dtype).unwrap().to_device(cuda).unwrap();
+            let q = there(&wave(&[1, heads, MANY, d], 1));
+            let wide = [2, 3].map(|seed| there(&wave(&[key_heads, 2600, d + 1], seed)).narrow(2, 1, d).unwrap());
+            let [k, v] = [wide[0].copy().unwrap(), wide[1].copy().unwrap()];
+            let bits = |q: &Tensor, k: &Tensor, v: &Tensor, rows: felid::Result<ops::CacheRows>| {
+                ops::cached_attention(q, k, v, &rows.unwrap(), 0.3).unwrap().to_le_bytes().unwrap()
+            };
+            let all = ops::cached_attention(&q, &k, &v, &ops::CacheRows::new(seen.clone()).unwrap(), 0.3).unwrap();
+            let what = format!("{heads} {key_heads} {d} {dtype}");
+            for r in (0..12).chain([50, MANY - 1]) {
+                let (row, one) = (q.narrow(2, r, 1).unwrap(), all.narrow(2, r, 1).unwrap().to_le_bytes().unwrap());
+                assert!(bits(&row, &k, &v, ops::CacheRows::new(vec![seen[r].clone()])) == one, "{what} row {r} alone");
+                let within = ops::CacheRows::within(5000, vec![seen[r].clone()]);
+                assert!(bits(&row, &k, &v, within) == one, "{what} row {r} of a run that may grow");
+            }
+            let strided = bits(&q, &wide[0], &wide[1], ops::CacheRows::new(seen.clone()));
+            assert!(strided == all.to_le_bytes().unwrap(), "{what} rows off 16 bytes");
         }
     }
 }

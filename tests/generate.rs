@@ -7,7 +7,7 @@ use common::{KINDS, Kind, cast, chunk_size, config, ids, model, model_of};
 use felid::autograd::no_grad;
 use felid::data::Tokenizer;
 use felid::generate::{Finish, Generation, Generator, GeneratorOptions, Output, Request, generate};
-use felid::model::{Cat, ForwardOptions};
+use felid::model::{Cat, ForwardOptions, ModelConfig};
 use felid::ops::{self, CacheRows, Draw, Sampling};
 use felid::random::{Philox, subkey, uniform_at};
 use felid::tensor::{DType, Tensor};
@@ -471,4 +471,48 @@ fn memory_is_planned() -> Result<()> {
     assert_eq!((stats.new_tokens, stats.prompt_tokens), (32, 13));
     assert!(stats.first_token > Some(Duration::ZERO) && stats.tokens_per_second() > 0.0);
     Ok(())
+}
+
+/// The first turn's tokens are not counted with the time after it, however many texts begin together.
+#[test]
+fn rates_are_of_the_turns_after_the_first() {
+    let m = model(Kind::Dense, 2);
+    let mut generation = Generator::new(&m).start(vec![Request::new(vec![1, 2], 3); 4]).unwrap();
+    assert_eq!(generation.by_ref().map(Result::unwrap).count(), 12);
+    let stats = generation.stats();
+    assert_eq!((stats.new_tokens, stats.first_tokens), (12, 4));
+    let seconds = (stats.last_token.unwrap() - stats.first_token.unwrap()).as_secs_f64();
+    assert!((stats.tokens_per_second() * seconds - 8.0).abs() < 1e-9);
+}
+
+/// A request that has ended takes any chunk size, whether there would be room for it or not.
+#[test]
+fn what_has_ended_does_not_mind_another_chunk_size() {
+    let mut c = config(Kind::Adaptive, 3);
+    (c.block_size, c.chunk_size) = (64, Some(8));
+    let m = model_of(c, 0);
+    let request = Request { chunk_size: Some(8), ..Request::new(vec![1; 63], 2) };
+    let mut generation = Generator::new(&m).start(vec![request, Request::new(vec![1], 0)]).unwrap();
+    assert!(generation.next().unwrap().unwrap().finish.is_none());
+    assert!(generation.set_chunk_size(0, 1).unwrap_err().to_string().contains("no such room"));
+    assert_eq!(generation.by_ref().map(Result::unwrap).count(), 1);
+    generation.set_chunk_size(0, 1).unwrap();
+    generation.set_chunk_size(1, 1).unwrap();
+    assert!(generation.set_chunk_size(0, 3).is_err() && generation.set_chunk_size(2, 8).is_err());
+    assert!(generation.next().is_none());
+}
+
+/// An error is the last thing that comes, also of a turn in which other texts got their tokens.
+#[test]
+fn nothing_comes_after_an_error() {
+    // ids from 256 on are no bytes, and have no text
+    let m = model_of(ModelConfig { vocab_size: 512, padded_vocab_size: Some(512), ..config(Kind::Dense, 1) }, 0);
+    let first = |id: i64| Generator::new(&m).run(vec![Request::new(vec![id], 1)]).unwrap()[0].tokens[0];
+    let with = |text: bool| (0..512).find(|&id| (first(id) < 256) == text).unwrap();
+    let requests = vec![Request::new(vec![with(true)], 2), Request::new(vec![with(false)], 2)];
+    let options = GeneratorOptions { vocab_limit: Some(512), ..Default::default() };
+    let generator = Generator::new(&m).with_tokenizer(Tokenizer::Bytes).with_options(options);
+    let mut generation = generator.start(requests).unwrap();
+    assert!(generation.next().unwrap().unwrap_err().to_string().contains("no token"));
+    assert!(generation.next().is_none() && generation.running().is_empty());
 }

@@ -8,7 +8,7 @@ use common::{KINDS, Kind, cast, chunk_size, config, ids, model, model_of, relati
 use felid::autograd::{GradCheck, Gradients, Tape, Var, check_gradients, no_grad};
 use felid::eval::parity::evaluate;
 use felid::generate::{Request, generate};
-use felid::model::{Cat, ForwardOptions, IGNORE_INDEX, ModelType, Prompt};
+use felid::model::{Cat, ForwardOptions, IGNORE_INDEX, ModelType, Prompt, TransformerConfig};
 use felid::ops::{self, argmax};
 use felid::random::below_at;
 use felid::tensor::{DType, Tensor};
@@ -372,8 +372,30 @@ fn wrong_calls_are_errors() {
         }
         assert!(m.prefill(&mut cache, &[prompts[0], prompts[0]]).is_err(), "{kind:?}: one text twice");
         assert_eq!(wide(&m.step(&mut cache, &next).unwrap()), wide(&m.step(&mut untouched, &next).unwrap()), "{kind:?}");
-        assert!(matches!(m.cache_size(None, n, n + 1), Err(felid::Error::Length { .. })));
+        for (from, to) in [(n, n + 1), (n + 1, n), (usize::MAX, n), (0, usize::MAX)] {
+            assert!(matches!(m.cache_size(None, from, to), Err(felid::Error::Length { .. })), "{kind:?} {from} {to}");
+        }
         cache.free(kept[1]);
         assert!(m.step(&mut cache, &next[1..]).is_err() && m.step(&mut cache, &[]).unwrap().numel() == 0);
+    }
+}
+
+/// A cache that another model has filled, or has made.
+#[test]
+fn caches_of_other_models_are_errors() {
+    let like = |kind, layers: usize| {
+        let mut c = config(kind, 3);
+        (c.block_size, c.decoder) = (64, TransformerConfig::new(32, 2, layers, true));
+        model_of(c, 0)
+    };
+    let (dense, adaptive) = (like(Kind::Dense, 2), like(Kind::Adaptive, 2));
+    let mut cache = dense.cache(dense.cache_size(None, 1, 64).unwrap()).unwrap();
+    let text = cache.reserve(dense.cache_size(None, 1, 64).unwrap()).unwrap();
+    let prompt = [Prompt { text, ids: &[1, 2, 3], chunk_size: None }];
+    dense.prefill(&mut cache, &prompt).unwrap();
+    assert!(matches!(adaptive.step(&mut cache, &[(text, 1)]), Err(felid::Error::ChunkSize { .. })));
+    for other in [like(Kind::Dense, 1), like(Kind::Dense, 3)] {
+        assert!(other.prefill(&mut cache, &prompt).unwrap_err().to_string().contains("layers"));
+        assert!(other.step(&mut cache, &[(text, 1)]).is_err());
     }
 }

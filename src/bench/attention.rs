@@ -9,6 +9,9 @@ use crate::tensor::{DType, Device, Tensor};
 use crate::{Error, Result};
 use serde::Serialize;
 
+/// Elements of q at most: several times what devices hold.
+const LARGEST: usize = 1 << 40;
+
 /// What to measure.
 #[derive(Clone, Debug, Serialize)]
 pub struct AttentionBench {
@@ -76,6 +79,15 @@ pub struct AttentionReport {
 pub fn bench_attention(s: AttentionBench, device: Device, peer: Option<(String, String)>) -> Result<AttentionReport> {
     if s.runs == 0 || [s.batch, s.heads, s.kv_heads, s.head_dim, s.tokens].contains(&0) {
         return Err(Error::Usage("sizes and runs must be at least 1".into()));
+    }
+    let sizes = [s.batch, s.tokens, s.heads.max(s.kv_heads), s.head_dim];
+    if sizes.iter().try_fold(1usize, |n, &size| n.checked_mul(size)).is_none_or(|n| n > LARGEST) {
+        return Err(Error::Usage(format!(
+            "{sizes:?} (batch, tokens, heads, their width) is too large: choose smaller sizes"
+        )));
+    }
+    if s.chunk_sizes.contains(&0) {
+        return Err(Error::Usage("chunk sizes must be at least 1".into()));
     }
     let machine = Machine::measure(device, s.dtype)?;
     let mut rows = Vec::new();

@@ -60,6 +60,10 @@ pub fn bench_cost(s: CostBench, device: Device) -> Result<CostReport> {
     if s.steps == 0 || s.lengths.contains(&0) || longest > s.tokens {
         return Err(Error::Usage(format!("steps and lengths must be at least 1, lengths at most the {} tokens", s.tokens)));
     }
+    // what the last case would be refused for, the first is
+    for preset in &s.presets {
+        ModelConfig::preset(preset)?.check_chunk_sizes(&s.chunk_sizes)?;
+    }
     let machine = Machine::measure(device, s.dtype)?;
     let mut rows = Vec::new();
     for preset in &s.presets {

@@ -6,6 +6,7 @@ use crate::model::{Cat, ModelConfig};
 use crate::ops::cast_tensor;
 use crate::random;
 use crate::tensor::{DType, Device};
+use crate::train::MAX_BATCH;
 use crate::{Error, Result};
 use serde::Serialize;
 use std::time::Instant;
@@ -49,7 +50,7 @@ pub struct GenerateRow {
     pub share_of_floor: f64,
     /// What it holds.
     pub memory: MemoryPlan,
-    /// Most bytes that tensors held at once since the process began.
+    /// Most bytes that tensors held at once.
     pub peak_bytes: usize,
 }
 
@@ -76,6 +77,11 @@ pub fn bench_generate(
     if settings.runs == 0 || settings.batch == 0 || settings.prompt == 0 || settings.tokens <= settings.prompt {
         return Err(Error::Usage("runs, batch and prompt must be at least 1, and tokens more than the prompt".into()));
     }
+    if settings.batch.checked_mul(settings.tokens).is_none_or(|n| n > MAX_BATCH) {
+        let (b, n) = (settings.batch, settings.tokens);
+        return Err(Error::Usage(format!("{b} texts of {n} tokens are too many: choose fewer")));
+    }
+    config.check_chunk_sizes(&settings.chunk_sizes)?;
     let machine = Machine::measure(device, settings.dtype)?;
     let mut model = Cat::new(config.clone(), 0)?;
     for p in model.params_mut() {
@@ -92,6 +98,7 @@ pub fn bench_generate(
         };
         let requests: Vec<Request> = (0..settings.batch).map(request).collect();
         let memory = generator.plan(&requests)?;
+        device.forget_peak();
         let (mut seconds, mut first) = (Vec::new(), Vec::new());
         for run in 0..=settings.runs {
             let begun = Instant::now();

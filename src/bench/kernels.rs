@@ -87,6 +87,11 @@ pub fn bench_kernels(s: KernelsBench, device: Device, peer: Option<(String, Stri
     if wanted("adamw") {
         rows.push(adamw(&s, &machine, device)?);
     }
+    for (batch, keys) in [(320, 145), (320, 275), (1, 145), (1, 275), (1, 4096)] {
+        if wanted("cached_attention") {
+            rows.push(cached_attention(&s, &machine, device, batch, keys)?);
+        }
+    }
     Ok(KernelsReport { machine, settings: s, rows, peer })
 }
 
@@ -262,6 +267,34 @@ fn adamw(s: &KernelsBench, machine: &Machine, device: Device) -> Result<KernelRo
     let share = 1e3 * bytes / machine.copy_bytes_per_s / forward.median_ms;
     Ok(KernelRow {
         op: format!("adamw of {} f32 parameters, with norm and clip", 16 * n),
+        forward,
+        forward_backward: None,
+        bytes: [bytes, bytes],
+        flops: [0.0; 2],
+        share_of_ceiling: [share, share],
+    })
+}
+
+/// A step of decoding: a row each of `batch` texts against its `keys` in a cache, which is read once. Calls go through a
+/// cache too large for an L2.
+fn cached_attention(s: &KernelsBench, machine: &Machine, device: Device, batch: usize, keys: usize) -> Result<KernelRow> {
+    let (heads, d, batch) = (s.dim / s.head_dim.min(s.dim), s.head_dim.min(s.dim), batch.min(s.rows));
+    let (row, all) = (heads * d * s.dtype.size(), batch * keys);
+    let sets = (128usize << 20) / (2 * all * row) + 1;
+    let q = random_tensor(&[batch, heads, 1, d], s.dtype, device, 1)?;
+    let [k, v] = [
+        random_tensor(&[heads, sets * all, d], s.dtype, device, 2)?,
+        random_tensor(&[heads, sets * all, d], s.dtype, device, 3)?,
+    ];
+    let seen = |set: usize| (0..batch).map(|r| set * all + r * keys..set * all + (r + 1) * keys).collect();
+    let rows = (0..sets).map(|set| ops::CacheRows::new(seen(set))).collect::<Result<Vec<_>>>()?;
+    let run = |i: usize| ops::cached_attention(&q, &k, &v, &rows[i % sets], (d as f64).powf(-0.5)).map(drop);
+    (0..sets).try_for_each(run)?; // places go to the device once
+    let forward = time(device, 3, s.runs, run)?;
+    let bytes = (2 * row * (all + batch)) as f64;
+    let share = 1e3 * bytes / machine.copy_bytes_per_s / forward.median_ms;
+    Ok(KernelRow {
+        op: format!("cached_attention of {batch} rows to {keys} keys each"),
         forward,
         forward_backward: None,
         bytes: [bytes, bytes],

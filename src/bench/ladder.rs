@@ -63,8 +63,8 @@ mod on_cuda {
     }
 
     pub fn measure(s: AttentionBench, device: Device) -> Result<LadderReport> {
-        let Some(&chunk) = s.chunk_sizes.first() else {
-            return Err(Error::Usage("the ladder needs a chunk size".into()));
+        let Some(&chunk) = s.chunk_sizes.first().filter(|c| **c > 0) else {
+            return Err(Error::Usage("the ladder needs a chunk size of 1 or more".into()));
         };
         if s.runs == 0 || s.dtype != DType::BF16 || s.head_dim != 64 || s.kv_heads != s.heads {
             return Err(Error::Usage(

@@ -266,12 +266,16 @@ impl Generate {
                 Report { row, text, tokens, finish: *finish, logprobs, prompt_tokens, chunk_size, seed, statistics };
             if row.is_some() { print::json_line(&report) } else { print::json(&report) }
         };
+        let mut generation = generator.start(requests.clone())?;
         if self.echo {
             let text = tokenizer.decode(&requests[0].prompt)?;
             self.show(&text)?;
             outputs[0].text = text;
         }
-        let mut generation = generator.start(requests.clone())?;
+        // of those that ask for no token no event comes
+        for row in (0..requests.len()).filter(|&r| self.prompts.is_some() && requests[r].max_new_tokens == 0) {
+            report(row, &outputs[row], None)?;
+        }
         for event in generation.by_ref() {
             let event = event?;
             let (row, done) = (event.row, event.finish.is_some());
@@ -335,7 +339,10 @@ impl Generate {
             }
             return Ok(vec![(prompt, flags.clone())]);
         };
-        let text = String::from_utf8(read(path)?).map_err(|e| bad_line(path, 1, &e))?;
+        let text = String::from_utf8(read(path)?).map_err(|e| {
+            let whole = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+            bad_line(path, 1 + whole.iter().filter(|b| **b == b'\n').count(), &e.utf8_error())
+        })?;
         let lines = text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
         let prompts: Vec<(Vec<u8>, Settings)> = lines
             .map(|(i, line)| {

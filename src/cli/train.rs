@@ -25,7 +25,7 @@ use std::time::Instant;
 pub struct Train {
     /// TOML file of settings
     config: Option<PathBuf>,
-    /// nano, cpu-small, paper-1b or paper-dense [default: nano]
+    /// nano, cpu-small, paper-31m, paper-92m, paper-1b or paper-dense [default: nano]
     #[arg(long)]
     preset: Option<String>,
     /// text: the next token of --data; mqar: associative recall, reports answer accuracy

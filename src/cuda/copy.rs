@@ -11,8 +11,8 @@ pub(crate) struct Place<'a> {
     pub strides: &'a [usize],
 }
 
-/// The elements of a view, in row-major order, as a new buffer: by the driver where they lie so already. `from` points at the view's first element; `element` is
-/// what they are and `size` how many bytes one has.
+/// The elements of a view, in row-major order, as a new buffer: by the driver where they lie so already. `from` points at the
+/// view's first element; `element` is what they are and `size` how many bytes one has.
 pub(crate) fn copy_strided(
     gpu: &'static Gpu,
     from: u64,

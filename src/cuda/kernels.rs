@@ -49,9 +49,10 @@ kernels! {
         => attention_forward, attention_backward_rows, attention_backward_keys;
     attention_sm90: ["bf16" "f16"] ["HEAD_DIM=64" "HEAD_DIM=128"] => attention_forward_sm90;
     attention_sm90_rows: ["bf16" "f16"] ["HEAD_DIM=64" "HEAD_DIM=128"] => attention_backward_rows_sm90;
-    attention_sm90_keys: ["bf16" "f16"] ["HEAD_DIM=64" "HEAD_DIM=128"] => attention_backward_keys_sm90;
+    attention_sm90_keys: ["bf16" "f16"] ["HEAD_DIM=64" "HEAD_DIM=128" "WARPGROUPS=3"] => attention_backward_keys_sm90;
     attention_sum: ["float" "bf16" "f16"] [] => attention_backward_sum;
-    cached_attention: ["float" "bf16" "f16"] [] => cached_attention;
+    cached_attention: ["float" "bf16" "f16"] ["CASE=0" "CASE=1" "CASE=2" "CASE=3" "CASE=4" "CASE=5"] => cached_attention_one,
+        cached_attention_two, cached_attention_four, cached_attention_wide, cached_attention_join;
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
     adamw: ["float" "bf16" "f16"] [] => adamw_squares, adamw_norm, adamw_update;
     advance: ["i64"] [] => advance;

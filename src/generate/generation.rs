@@ -39,6 +39,8 @@ pub struct Stats {
     pub prompt_tokens: usize,
     /// Tokens chosen.
     pub new_tokens: usize,
+    /// Those of the first turn among them, which come with the first token.
+    pub first_tokens: usize,
     /// From the start to the first token.
     pub first_token: Option<Duration>,
     /// From the start to the latest token.
@@ -49,7 +51,7 @@ impl Stats {
     /// Tokens a second after the first turn's.
     pub fn tokens_per_second(&self) -> f64 {
         match (self.first_token, self.last_token) {
-            (Some(a), Some(b)) if b > a => self.new_tokens.saturating_sub(1) as f64 / (b - a).as_secs_f64(),
+            (Some(a), Some(b)) if b > a => (self.new_tokens - self.first_tokens) as f64 / (b - a).as_secs_f64(),
             _ => 0.0,
         }
     }
@@ -186,6 +188,9 @@ impl Generation {
         let Some(state) = self.rows.get(row) else {
             return Err(Error::Usage(format!("there is no request {row}")));
         };
+        if state.text.is_none() && !self.waiting.contains(&row) {
+            return Ok(());
+        }
         let need = model.cache_size(Some(chunk_size), state.ids.len(), state.request.longest())?;
         let need = if state.request.chunk_changes.is_empty() { need } else { need.max(state.need) };
         if let Some(text) = state.text {
@@ -298,7 +303,9 @@ impl Generation {
     fn take(&mut self, tokens: Vec<(usize, i64, Option<LogProbs>)>) -> Result<()> {
         let now = self.begun.elapsed();
         self.stats.new_tokens += tokens.len();
-        self.stats.first_token.get_or_insert(now);
+        if self.stats.first_token.is_none() {
+            (self.stats.first_tokens, self.stats.first_token) = (tokens.len(), Some(now));
+        }
         self.stats.last_token = Some(now);
         for (row, id, mut probs) in tokens {
             let state = &mut self.rows[row];
@@ -331,6 +338,8 @@ impl Iterator for Generation {
             _ => self.turn(),
         };
         if let Err(e) = turn {
+            // what the others chose in this turn too
+            self.events.clear();
             self.waiting.clear();
             for row in std::mem::take(&mut self.running) {
                 self.leave(row);

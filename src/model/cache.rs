@@ -93,10 +93,10 @@ impl Cat {
     /// The least that the cache of one text can be, which is `from` tokens long at first and `to` at last.
     pub fn cache_size(&self, chunk_size: Option<usize>, from: usize, to: usize) -> Result<CacheSize> {
         let (c, chunk) = (self.config(), self.config().resolve_chunk_size(chunk_size)?);
+        let to = to.max(from);
         if to > c.block_size {
             return Err(Error::Length { len: to, block_size: c.block_size });
         }
-        let to = to.max(from);
         let most = |len: fn(&ModelConfig, usize, usize) -> usize| {
             // as long as the text grows inside a block, so do its rows: they are most at its end or at that of a block
             let block_end = (to + 1).checked_div(chunk).map_or(0, |k| k * chunk).saturating_sub(1);

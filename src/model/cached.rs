@@ -138,7 +138,9 @@ impl Cat {
             if text.tokens == 0 {
                 return Err(Error::shape("step", "a text that has no prompt yet: prefill it first"));
             }
-            let need = self.cache_size(Some(text.chunk).filter(|c| *c > 0), n, n)?;
+            // a text without chunks, read by a dense model, is none that this one can go on with if it has them
+            let chunk = Some(text.chunk).filter(|chunk| *chunk > 0 || c.chunk_size.is_some());
+            let need = self.cache_size(chunk, n, n)?;
             if !have.fits(need) {
                 let detail = format!("token {n} of a text needs {need:?} of the cache, reserved are {have:?}: reserve more");
                 return Err(Error::shape("step", detail));

@@ -293,6 +293,11 @@ impl ModelConfig {
             }
         }
     }
+    /// That all of these are allowed; a dense model, which has no use for them, takes any.
+    pub(crate) fn check_chunk_sizes(&self, sizes: &[usize]) -> Result<()> {
+        let asked = if self.chunk_size.is_some() { sizes } else { &[] };
+        asked.iter().try_for_each(|&c| self.resolve_chunk_size(Some(c)).map(drop))
+    }
     /// Row of the per-size tables (`dummy_fx`, `adaptive_token`) for chunk size `c`.
     pub fn table_row(&self, c: usize) -> usize {
         match self.chunk_sizes {

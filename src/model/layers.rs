@@ -269,6 +269,11 @@ impl Stack {
 
     /// As [`Stack::forward`] for new rows that the caches (one a block) take in.
     pub fn forward_cached(&self, x: &Var, pass: &Pass, caches: &mut [LayerCache], cached: &CachedPass) -> Result<Var> {
+        if caches.len() != self.blocks.len() {
+            let detail =
+                format!("a cache of {} layers for a model of {}: make one with Cat::cache", caches.len(), self.blocks.len());
+            return Err(Error::shape("cache", detail));
+        }
         let Some(first) = self.blocks.first() else { return self.norm.forward(x) };
         let (mut n, mut h) = (first.attention_norm.forward(x)?, x.clone());
         for (i, (block, cache)) in self.blocks.iter().zip(caches).enumerate() {

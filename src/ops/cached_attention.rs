@@ -22,6 +22,9 @@ struct Lists {
     seen: Vec<Range<usize>>,
     /// The rows that a cache needs to hold them all.
     least: usize,
+    /// The keys that a row sees at most.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    most: usize,
     /// Copies on devices, each made when first asked for: i64 `[2, R]`, the starts and then the ends.
     #[cfg(feature = "cuda")]
     copies: Mutex<Vec<Tensor>>,
@@ -30,14 +33,23 @@ struct Lists {
 impl CacheRows {
     /// Errors on an empty run.
     pub fn new(seen: Vec<Range<usize>>) -> Result<Self> {
+        let most = seen.iter().map(Range::len).max().unwrap_or(0);
+        Self::within(most, seen)
+    }
+    /// Runs of at most `most` rows each, and a launch that depends on `most` alone: while runs grow it may stay the same, as
+    /// where launches are recorded once and run again. What is computed does not depend on it, in any bit.
+    pub fn within(most: usize, seen: Vec<Range<usize>>) -> Result<Self> {
+        if let Some(r) = seen.iter().position(|s| s.len() > most) {
+            return Err(Error::shape("cached_attention", format!("row {r} sees {:?}, more than {most} rows", seen[r])));
+        }
         if let Some(r) = seen.iter().position(|s| s.start >= s.end) {
             return Err(Error::shape("cached_attention", format!("row {r} sees nothing, not even itself: {:?}", seen[r])));
         }
         let least = seen.iter().map(|s| s.end).max().unwrap_or(0);
         #[cfg(feature = "cuda")]
-        let lists = Lists { seen, least, copies: Mutex::default() };
+        let lists = Lists { seen, least, most, copies: Mutex::default() };
         #[cfg(not(feature = "cuda"))]
-        let lists = Lists { seen, least };
+        let lists = Lists { seen, least, most };
         Ok(Self(Arc::new(lists)))
     }
     /// Rows whose runs a device knows alone: i64 `[2, R]`, the starts and then the ends, of a cache of at least `least` rows
@@ -61,6 +73,11 @@ impl CacheRows {
     /// The rows that a cache needs to hold them all.
     pub(crate) fn least(&self) -> usize {
         self.0.least
+    }
+    /// The keys that a row sees at most.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn most(&self) -> usize {
+        self.0.most
     }
     /// The starts and the ends on a device, i64 `[2, R]`, uploaded once.
     #[cfg(feature = "cuda")]

@@ -32,7 +32,9 @@ fn run(inputs: &[Tensor], op: &dyn Fn(&[Var]) -> Result<Vec<Var>>) -> Result<Vec
             Ok((y, seed.to_device(y.value().device())?))
         })
         .collect::<Result<_>>()?;
-    tape.backward_from(&seeds, &mut grads)?;
+    if ys.iter().any(Var::has_gradient) {
+        tape.backward_from(&seeds, &mut grads)?;
+    }
     let grads = vars.iter().filter_map(|v| grads.take(v));
     Ok(ys.iter().map(|y| y.value().clone()).collect::<Vec<_>>().into_iter().chain(grads).collect())
 }

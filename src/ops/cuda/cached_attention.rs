@@ -1,34 +1,67 @@
-//! Attention to a cache on CUDA.
+//! Attention to a cache on CUDA: which kernel takes it. kernels/cached_attention.cu explains why that changes no bit.
 
-use super::packs::{in_packs, pack};
-use crate::cuda::{Arg, Grid, kernels::cached_attention as kernel};
+use super::packs::in_packs;
+use crate::cuda::{Arg, Grid, Variant, kernels::cached_attention as kernel};
 use crate::ops::CacheRows;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor, read_or_null};
 use crate::{Error, Result};
 
 const OP: &str = "cached_attention";
-/// The widest head that the kernel has registers for.
-const WIDEST: usize = 256;
+/// The kernels by the heads that they are for (without packs, with packs), and how wide those may be.
+const CASES: [(usize, [&str; 2]); 3] =
+    [(64, ["CASE=0", "CASE=1"]), (128, ["CASE=2", "CASE=3"]), (256, ["CASE=4", "CASE=5"])];
+/// Keys that are summed up before they are joined to others, as in the kernel.
+const CHUNK: usize = 1024;
 
 pub(crate) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, rows: &CacheRows, scale: f64) -> Result<Tensor> {
     let &[b, heads, n, d] = q.shape() else { return Err(Error::shape(OP, "q needs four dimensions")) };
-    if d > WIDEST {
-        let detail = format!("heads of width {d} have no kernel on {}: use at most {WIDEST}", q.device());
+    let Some((_, cases)) = CASES.iter().find(|(widest, _)| d <= *widest) else {
+        let detail = format!("heads of width {d} have no kernel on {}: use at most 256", q.device());
         return Err(Error::shape(OP, detail));
-    }
+    };
     let mut y = Tensor::empty(&[b, n, heads, d], q.dtype(), q.device())?;
     if y.numel() > 0 {
-        let seen = rows.on(q.device())?;
-        let packed = d.is_multiple_of(pack(k)) && in_packs(OP, k)?;
+        let (gpu, seen) = (q.gpu()?, rows.on(q.device())?);
+        let (group, pairs, chunks) = (heads / k.dim(0), b * n * heads, rows.most().div_ceil(CHUNK));
+        // one warp of a wide block has a sixteenth of a chunk to read, of another a quarter of the run: with two pairs a
+        // multiprocessor there are not warps enough otherwise
+        let wide = pairs <= 2 * gpu.multiprocessors as usize;
+        let packed = in_packs(OP, q)? && in_packs(OP, k)? && in_packs(OP, v)?;
+        let variant = Variant { define: Some(cases[usize::from(packed)]), ..q.variant()? };
         let (qs, ks, vs) = (q.layout().strides(), k.layout().strides(), v.layout().strides());
+        let [n, group_, heads_, d_, chunks_] = [n, group, heads, d, chunks].map(|x| x as u64);
+        let strides = [qs[0], qs[1], qs[2], ks[0], ks[1], vs[0], vs[1]].map(|x| x as u64);
+        let [q_batch, q_head, q_row, k_head, k_row, v_head, v_row] = strides;
+        let scale = u64::from((scale as f32).to_bits());
+        let words =
+            [b as u64 * n, n, heads_, group_, d_, q_batch, q_head, q_row, k_head, k_row, v_head, v_row, chunks_, scale];
         let mut args = vec![y.write()?, q.read()?, k.read()?, v.read()?, seen.read()?];
-        args.extend([b * n, n, heads, heads / k.dim(0), d].map(Arg::from));
-        args.extend([qs[0], qs[1], qs[2], ks[0], ks[1], vs[0], vs[1]].map(Arg::from));
-        args.extend::<[Arg; 2]>([(scale as f32).into(), packed.into()]);
-        // SAFETY: the parameters are (y, q, k, v, seen, rows, n, H, group, d, q's strides of batch, head and row, k's and v's of
-        // head and row, scale, whether k's rows are read in packs); rows of q, k and v are dense, y is new; seen has a start
-        // and an end inside k and v for each row, as the op has checked.
-        unsafe { q.gpu()?.launch(kernel::cached_attention, q.variant()?, Grid::new(b * n * heads, 128), &args)? };
+        if !wide {
+            let (symbol, share) = match group {
+                1 => (kernel::cached_attention_one, 1),
+                2 => (kernel::cached_attention_two, 2),
+                _ => (kernel::cached_attention_four, 4),
+            };
+            args.push(words.into());
+            // SAFETY: the parameters are (y, q, k, v, seen, words); rows of q, k and v are dense, and begin and end on 16 bytes
+            // where the variant says so; y is new; seen has a start and an end inside k and v for each row, as the op has
+            // checked.
+            unsafe { gpu.launch(symbol, variant, Grid::new(pairs / group * group.div_ceil(share), 128), &args)? };
+        } else {
+            let new = || Tensor::empty(&[pairs, chunks, d + 2], DType::F32, q.device());
+            let partial = if chunks > 1 { Some(new()?) } else { None };
+            args.extend([read_or_null(partial.as_ref())?, words.into()]);
+            let grid = Grid { blocks: [pairs, chunks, 1], ..Grid::new(pairs, 512) };
+            // SAFETY: as above; no run passes `chunks`, and `partial`, which is new, has room for all of them, or there is one
+            // and it is not written.
+            unsafe { gpu.launch(kernel::cached_attention_wide, variant, grid, &args)? };
+            if let Some(partial) = partial {
+                let mut args = vec![y.write()?, partial.read()?, seen.read()?];
+                args.extend([rows.len(), heads, d, chunks].map(Arg::from));
+                // SAFETY: the parameters are (y, partial, seen, rows, H, d, chunks) of the launch before.
+                unsafe { gpu.launch(kernel::cached_attention_join, variant, Grid::for_each(pairs * d, 128), &args)? };
+            }
+        }
     }
     y.permute(&[0, 2, 1, 3])
 }
