@@ -40,10 +40,30 @@ pub(crate) struct Ahead {
     greedy: bool,
     limit: usize,
     table: RopeTable,
+    room: Room,
     workspace: Workspace,
     graph: Option<Replay>,
     /// What cannot be captured is submitted kernel by kernel.
     plain: bool,
+}
+
+/// Of the three kinds of cache rows (`Steps::cache_rows`), the most that a row may ever see, on which launches depend, and
+/// the least that caches hold.
+#[derive(Clone, Copy, Debug, Default)]
+struct Room {
+    most: [usize; 3],
+    least: [usize; 3],
+}
+
+impl Room {
+    /// With a text's.
+    fn with(self, text: &Text) -> Self {
+        let runs = [&text.rows, &text.layer_rows, &text.open];
+        Self {
+            most: std::array::from_fn(|i| self.most[i].max(runs[i].len())),
+            least: std::array::from_fn(|i| self.least[i].max(runs[i].end)),
+        }
+    }
 }
 
 /// Runs shorter than this are not worth a capture.
@@ -57,7 +77,7 @@ impl Cat {
     }
 
     /// Submit `n` steps of some texts, none of which fills a chunk, after which each has `n` new tokens, one more with
-    /// [`First::Logits`]: see [`Ahead::tokens`]. The cache's texts count them only once [`Cat::landed`] is told.
+    /// [`First::Logits`]: see [`Ahead::tokens`]. The cache's texts count them only once [`Cache::landed`] is told.
     pub(crate) fn run_ahead(
         &self,
         cache: &mut Cache,
@@ -65,7 +85,7 @@ impl Cat {
         rows: &[AheadRow],
         (first, n, limit, graphs): (First, usize, usize, bool),
     ) -> Result<Ahead> {
-        let (mut told, mut least, mut positions) = (Vec::with_capacity(rows.len()), [0; 3], 0);
+        let (mut told, mut room, mut positions) = (Vec::with_capacity(rows.len()), Room::default(), 0);
         for (i, r) in rows.iter().enumerate() {
             let text = cache.text(r.text)?;
             let last = text.tokens + n.max(1);
@@ -74,8 +94,7 @@ impl Cat {
                 return Err(Error::shape("run_ahead", format!("{n} steps have no room in the cache")));
             }
             let text = cache.text(r.text)?;
-            let ends = [text.rows.end, text.layer_rows.end, text.open.end];
-            least = std::array::from_fn(|i| least[i].max(ends[i]));
+            room = room.with(text);
             let mut row = self.step_row(text, r);
             positions = positions.max(row.position + n).max(row.inside + n);
             if let First::Known(ids) = &first {
@@ -87,8 +106,10 @@ impl Cat {
             cache.rope(self, &[positions])?;
             let table = cache.rope_table().clone();
             let greedy = told.iter().all(StepRow::is_greedy);
-            let fits =
-                |a: &Ahead| a.steps.len() == rows.len() && a.greedy == greedy && a.limit == limit && a.table.is(&table);
+            let fits = |a: &Ahead| {
+                let same = a.steps.len() == rows.len() && a.greedy == greedy && a.limit == limit && a.table.is(&table);
+                same && (0..3).all(|i| room.most[i] <= a.room.most[i])
+            };
             let mut ahead = match before.filter(fits) {
                 Some(ahead) => ahead,
                 None => Ahead {
@@ -99,8 +120,10 @@ impl Cat {
                     graph: None,
                     plain: false,
                     table,
+                    room,
                 },
             };
+            ahead.room.least = room.least;
             ahead.steps.set(&told, matches!(first, First::Logits(_)))?;
             if let First::Logits(logits) = first {
                 ahead.steps.choose(&logits, limit, greedy)?;
@@ -110,10 +133,10 @@ impl Cat {
                     graph.submit()?;
                     continue;
                 }
-                let Ahead { workspace, steps, table, .. } = &mut ahead;
-                workspace.run(|| self.open_step(cache, least, steps, table, (limit, greedy)))?;
+                let Ahead { workspace, steps, table, room, .. } = &mut ahead;
+                workspace.run(|| self.open_step(cache, *room, steps, table, (limit, greedy)))?;
                 if graphs && !ahead.plain && n - done > WORTH {
-                    self.capture(cache, &mut ahead, least);
+                    self.capture(cache, &mut ahead);
                 }
             }
             Ok(ahead)
@@ -124,12 +147,12 @@ impl Cat {
     fn open_step(
         &self,
         cache: &mut Cache,
-        least: [usize; 3],
+        room: Room,
         steps: &mut Steps,
         table: &RopeTable,
         (limit, greedy): (usize, bool),
     ) -> Result<()> {
-        let ([rows, layer_rows, open], [rope, inside]) = (steps.cache_rows(least)?, steps.rope(table)?);
+        let ([rows, layer_rows, open], [rope, inside]) = (steps.cache_rows(room.most, room.least)?, steps.rope(table)?);
         let mut pass = Pass::new(rope, Mask::Causal);
         let layer = (self.config().model_type == ModelType::CatLayer).then(|| {
             pass.layer_plan = Some((ChunkPlan { chunk: 1, header: 1, tokens: 1 }, inside));
@@ -142,11 +165,11 @@ impl Cat {
     }
 
     /// Capture a step, which has run in the workspace once.
-    fn capture(&self, cache: &mut Cache, ahead: &mut Ahead, least: [usize; 3]) {
-        let Ahead { workspace, steps, table, greedy, limit, .. } = ahead;
+    fn capture(&self, cache: &mut Cache, ahead: &mut Ahead) {
+        let Ahead { workspace, steps, table, room, greedy, limit, .. } = ahead;
         // SAFETY: a step works on weights, cache, rope table and `steps`, whose storage stays where it is: `ahead` holds the
         // table and the steps, and who submits the graph does so for this model and this cache.
-        let graph = unsafe { workspace.capture(|| self.open_step(cache, least, steps, table, (*limit, *greedy))) };
+        let graph = unsafe { workspace.capture(|| self.open_step(cache, *room, steps, table, (*limit, *greedy))) };
         match graph {
             Ok(graph) => ahead.graph = Some(graph),
             Err(e) => {

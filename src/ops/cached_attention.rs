@@ -52,11 +52,11 @@ impl CacheRows {
         let lists = Lists { seen, least, most };
         Ok(Self(Arc::new(lists)))
     }
-    /// Rows whose runs a device knows alone: i64 `[2, R]`, the starts and then the ends, of a cache of at least `least` rows
-    /// whatever they become. No other device may be asked.
+    /// Rows whose runs a device knows alone: i64 `[2, R]`, the starts and then the ends. Whatever they become, they are at
+    /// most `most` long, in a cache of at least `least` rows. No other device may be asked.
     #[cfg(feature = "cuda")]
-    pub(crate) fn on_device(list: Tensor, least: usize) -> Self {
-        Self(Arc::new(Lists { seen: vec![0..0; list.dim(1)], least, copies: Mutex::new(vec![list]) }))
+    pub(crate) fn on_device(list: Tensor, most: usize, least: usize) -> Self {
+        Self(Arc::new(Lists { seen: vec![0..0; list.dim(1)], least, most, copies: Mutex::new(vec![list]) }))
     }
     /// The number of rows, R.
     pub fn len(&self) -> usize {

@@ -5,6 +5,7 @@ use crate::cli::print;
 use clap::Args;
 use felid::Result;
 use felid::bench::{GenerateBench, bench_generate};
+use felid::generate::Decoding;
 use felid::model::ModelConfig;
 
 #[derive(Args)]
@@ -27,6 +28,9 @@ pub struct Generate {
     /// Measured runs a chunk size
     #[arg(long, default_value_t = 3)]
     runs: usize,
+    /// How tokens follow one another on a CUDA device: graphs, runs or single
+    #[arg(long, default_value = "graphs", value_name = "HOW")]
+    decoding: Decoding,
     #[command(flatten)]
     output: Output,
 }
@@ -45,6 +49,7 @@ impl Generate {
             chunk_sizes,
             runs: self.runs,
             dtype: self.output.dtype,
+            decoding: self.decoding,
         };
         let peer = self.output.peer()?;
         self.output.show(&bench_generate(settings, device, peer)?, |report| {

@@ -74,9 +74,10 @@ impl Steps {
     fn part(&self, at: usize, n: usize) -> Result<Tensor> {
         self.all.narrow(0, at, n)
     }
-    /// Rows of dense attention, inside CAT layers, and the places of inputs there, in caches of at least so many rows.
-    pub fn cache_rows(&self, least: [usize; 3]) -> Result<[CacheRows; 3]> {
-        let rows = |i: usize| Ok(CacheRows::on_device(self.part(2 * i, 2)?, least[i]));
+    /// Rows of dense attention, inside CAT layers, and the places of inputs there: runs of at most so many rows, in caches of
+    /// at least so many.
+    pub fn cache_rows(&self, most: [usize; 3], least: [usize; 3]) -> Result<[CacheRows; 3]> {
+        let rows = |i: usize| Ok(CacheRows::on_device(self.part(2 * i, 2)?, most[i], least[i]));
         Ok([rows(0)?, rows(1)?, rows(2)?])
     }
     /// Angles at the rows' positions, and at those inside CAT layers, by a table that holds them all.
