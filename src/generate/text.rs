@@ -1,7 +1,7 @@
 //! Text out of tokens as they come: whole characters, and nothing that a stop string may still claim.
 
-use crate::Result;
 use crate::data::{DecodeStream, Tokenizer};
+use crate::{Error, Result};
 
 /// The text of one row.
 #[derive(Clone, Debug)]
@@ -16,9 +16,13 @@ impl TextStream {
     pub fn new(tokenizer: &Tokenizer, stops: &[String]) -> Self {
         Self { stream: tokenizer.decode_stream(), stops: stops.to_vec(), held: String::new() }
     }
-    /// The text that a token completes, and whether a stop string ended it.
+    /// The text that a token completes, and whether a stop string ended it. An id that a model may choose but that names no
+    /// token (vocabularies have holes) has no text.
     pub fn push(&mut self, token: i64) -> Result<(String, bool)> {
-        let more = self.stream.push(token)?;
+        let more = match self.stream.push(token) {
+            Err(Error::Index { .. }) => String::new(),
+            more => more?,
+        };
         Ok(self.add(&more))
     }
     /// What is left when no further token comes, and whether it ends in a stop string after all.
@@ -53,6 +57,16 @@ impl TextStream {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn ids_without_a_token_have_no_text() {
+        let mut stream = TextStream::new(&Tokenizer::Bytes, &["ab".into()]);
+        let pieces = [0xc3, 300, 0xa9, 97, 1000, 98].map(|id| stream.push(id).unwrap());
+        assert_eq!(
+            pieces.map(|(text, stopped)| format!("{text}{}", if stopped { "|" } else { "" })),
+            ["", "", "é", "", "", "|"]
+        );
+    }
 
     proptest! {
         /// Pieces joined are the text before the stop string that ends first, however the text is cut into tokens; held text
