@@ -305,10 +305,10 @@ fn a_profile_accounts_for_the_step() {
     let (total, busy) = (profile["total_ms"].as_f64().unwrap(), profile["busy_ms"].as_f64().unwrap());
     assert!(busy <= total && (sum("ms") - busy).abs() < 1e-6 * busy && (sum("share") - 1.0).abs() < 1e-6);
     let calls = |name: &str| ops.iter().find(|op| op["op"] == name).map_or(0, |op| op["calls"].as_u64().unwrap());
-    // four layers in the decoder and one in the compressor: a norm before each half, and one after each stack, of which the
-    // loss does not keep the decoder's
+    // four layers in the decoder and one in the compressor: a norm before each half, and one after each stack
     assert_eq!((calls("rms_norm::forward"), calls("rms_norm::backward"), calls("swiglu::backward")), (12, 12, 5));
-    assert_eq!((calls("rms_norm::forward (again)"), calls("swiglu::forward (again)")), (11, 5));
+    // a step on the CPU saves all
+    assert_eq!((calls("rms_norm::forward (again)"), calls("swiglu::forward (again)")), (0, 0));
     let table = run(&[]);
     assert!(table.contains("one step at C 8") && table.contains("matmul::gemm"), "{table}");
 }

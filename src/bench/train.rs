@@ -8,7 +8,7 @@ use crate::model::{Cat, ForwardOptions, ModelConfig};
 use crate::ops::{self, AdamWSettings};
 use crate::random;
 use crate::tensor::{DType, Device, Tensor};
-use crate::train::{MAX_BATCH, Optimizer, micro_step, prepare};
+use crate::train::{MAX_BATCH, Optimizer, micro_step, prepare, training_tape};
 use crate::{Error, Result};
 use serde::Serialize;
 use std::time::Instant;
@@ -140,7 +140,7 @@ impl Steps {
     fn one(&mut self, s: &TrainBench, batch: &Batch, options: ForwardOptions) -> Result<()> {
         let h = AdamWSettings { lr: 1e-3, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
         self.step += 1;
-        let loss = micro_step(tape(s), &self.model, batch, options, 1.0, &mut self.grads)?;
+        let loss = micro_step(tape(s, self.model.device()), &self.model, batch, options, 1.0, &mut self.grads)?;
         let norm = self.optimizer.submit(&mut self.model, &mut self.grads, self.step, &h, 1.0)?;
         loss.item()?;
         norm.item()?;
@@ -153,7 +153,7 @@ impl Steps {
         device.forget_peak();
         let chunk_size = self.config.chunk_size.map(|_| chunk);
         let options = ForwardOptions { chunk_size, recompute: s.recompute };
-        let saved_bytes = saved_bytes(tape(s), &self.model, &self.batch(s)?, options)?;
+        let saved_bytes = saved_bytes(tape(s, device), &self.model, &self.batch(s)?, options)?;
         let mut seconds = Vec::with_capacity(s.steps);
         for i in 0..s.warmup + s.steps {
             let batch = self.batch(s)?;
@@ -187,8 +187,8 @@ impl Steps {
     }
 }
 
-fn tape(s: &TrainBench) -> Tape {
-    if s.save_all { ops::tape().saving_all() } else { ops::tape() }
+fn tape(s: &TrainBench, device: Device) -> Tape {
+    if s.save_all { ops::tape().saving_all() } else { training_tape(device) }
 }
 
 /// What a forward pass leaves behind, the loss itself included.

@@ -10,4 +10,4 @@ pub(crate) use config::MAX_BATCH;
 pub use config::{MqarConfig, Task, TrainConfig};
 pub use optimizer::Optimizer;
 pub use trainer::{Source, StepReport, Trainer};
-pub(crate) use trainer::{micro_step, prepare};
+pub(crate) use trainer::{micro_step, prepare, training_tape};

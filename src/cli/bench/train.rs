@@ -30,7 +30,7 @@ pub struct Train {
     /// Compute whole blocks again in backward
     #[arg(long)]
     recompute: bool,
-    /// Save what backward would compute again because it is cheap
+    /// Save what backward would compute again because it is cheap; on the CPU that is always so
     #[arg(long)]
     save_all: bool,
     /// Then profile one more step: time by op and, on CUDA, by kernel
