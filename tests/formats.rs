@@ -26,19 +26,27 @@ fn note(bytes: usize) {
 // SAFETY: every call goes to the system's allocator as it came; what is noted first is a thread-local number, which
 // neither allocates nor has a destructor.
 unsafe impl GlobalAlloc for Watched {
+    // SAFETY: the obligations are those of `System`, which does it.
     unsafe fn alloc(&self, l: Layout) -> *mut u8 {
         note(l.size());
+        // SAFETY: as the caller of this promises.
         unsafe { System.alloc(l) }
     }
+    // SAFETY: the obligations are those of `System`, which does it.
     unsafe fn alloc_zeroed(&self, l: Layout) -> *mut u8 {
         note(l.size());
+        // SAFETY: as the caller of this promises.
         unsafe { System.alloc_zeroed(l) }
     }
+    // SAFETY: the obligations are those of `System`, which does it.
     unsafe fn dealloc(&self, p: *mut u8, l: Layout) {
+        // SAFETY: as the caller of this promises.
         unsafe { System.dealloc(p, l) }
     }
+    // SAFETY: the obligations are those of `System`, which does it.
     unsafe fn realloc(&self, p: *mut u8, l: Layout, size: usize) -> *mut u8 {
         note(size);
+        // SAFETY: as the caller of this promises.
         unsafe { System.realloc(p, l, size) }
     }
 }

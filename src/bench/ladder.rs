@@ -54,6 +54,10 @@ mod on_cuda {
     use crate::ops::{self, Mask};
     use crate::tensor::{DType, Tensor};
 
+    /// Twice what rounding the result, and the probabilities before it, to bf16 errs: 2^-9 each, in the root mean square and
+    /// nearly.
+    const LARGEST_ERROR: f64 = 2.0 * std::f64::consts::SQRT_2 / 512.0;
+
     /// Heads out of a fused projection `[B, L, 3 H 64]`, as models give them.
     fn inputs(batch: usize, heads: usize, length: usize, device: Device, seed: u64) -> Result<[Tensor; 3]> {
         let joint = random_tensor(&[batch, length, 3 * heads * 64], DType::BF16, device, seed)?;
@@ -91,6 +95,10 @@ mod on_cuda {
         for (n, adds) in rungs().enumerate() {
             let Some(y) = rung(n, &q, &k, &v, stride, scale)? else { continue };
             let apart = y.to_f64_vec()?.iter().zip(&truth).map(|(x, t)| (x - t).powi(2)).sum::<f64>().sqrt();
+            if apart.is_nan() || apart > LARGEST_ERROR * norm {
+                let detail = format!("{adds}: errs by {:.1e} of the result, more than {LARGEST_ERROR:.1e}", apart / norm);
+                return Err(Error::Kernel { kernel: format!("rung {} of the ladder", n + 1), detail });
+            }
             // the first rungs take as long as hundreds of the last
             let runs = if n < 3 { s.runs.min(5) } else { s.runs };
             let forward = time(device, 1, runs, |i| {
