@@ -102,7 +102,7 @@ unsafe fn copy_transposed(gpu: &Gpu, element: &'static str, shape: &[usize], to:
     let from_view = View::new("copy", &other_sizes, &others().map(|d| dims[d].1).collect::<Vec<_>>())?;
     let rows = sizes[row_dim];
     let tiles = rows.div_ceil(TILE) * columns.div_ceil(TILE) * other_sizes.iter().product::<usize>();
-    let grid = Grid { blocks: [tiles, 1, 1], threads: [TILE, 8, 1], shared: 0 };
+    let grid = Grid { blocks: [tiles, 1, 1], threads: [TILE, 8, 1], ..Grid::new(0, 0) };
     let (to_row, to, from) = (to_strides[row_dim], to.into(), from.pointer.into());
     let args = [to, to_view.into(), from, from_view.into(), rows.into(), columns.into(), to_row.into(), from_column.into()];
     // SAFETY: the parameters are (to, its other dimensions, from, its other dimensions, rows, columns, to_row,

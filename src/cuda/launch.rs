@@ -4,7 +4,7 @@ use super::gpu::{Gpu, check};
 use super::module::{Symbol, Variant};
 use super::spans::Work;
 use crate::{Error, Result};
-use cudarc::driver::result;
+use cudarc::driver::sys;
 use std::ffi::c_void;
 
 /// How many blocks of how many threads.
@@ -14,11 +14,14 @@ pub(crate) struct Grid {
     pub threads: [usize; 3],
     /// Dynamic shared memory of a block, in bytes.
     pub shared: usize,
+    /// Blocks may begin while the kernel before is still under way, if that allows it (`launch_dependents`): this kernel
+    /// waits by itself (`await_kernel_before` in common.cuh) before it reads or writes what others write.
+    pub early: bool,
 }
 
 impl Grid {
     pub fn new(blocks: usize, threads: usize) -> Self {
-        Self { blocks: [blocks, 1, 1], threads: [threads, 1, 1], shared: 0 }
+        Self { blocks: [blocks, 1, 1], threads: [threads, 1, 1], shared: 0, early: false }
     }
     /// A thread for each of `n` items, as far as a grid reaches: kernels loop on by `thread_count()`.
     pub fn for_each(n: usize, threads: usize) -> Self {
@@ -26,6 +29,9 @@ impl Grid {
     }
     pub fn shared(self, bytes: usize) -> Self {
         Self { shared: bytes, ..self }
+    }
+    pub fn early(self) -> Self {
+        Self { early: true, ..self }
     }
 }
 
@@ -180,17 +186,33 @@ impl Gpu {
                 Arg::Words(w) => w.as_ptr().cast_mut().cast(),
             })
             .collect();
-        let three = |n: [usize; 3]| (n[0] as u32, n[1] as u32, n[2] as u32);
+        let ([grid_x, grid_y, grid_z], [x, y, z]) = (grid.blocks.map(|n| n as u32), grid.threads.map(|n| n as u32));
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid_x,
+            gridDimY: grid_y,
+            gridDimZ: grid_z,
+            blockDimX: x,
+            blockDimY: y,
+            blockDimZ: z,
+            sharedMemBytes: grid.shared as u32,
+            hStream: self.queue(),
+            attrs: &raw mut early,
+            numAttrs: u32::from(grid.early && self.capability >= (9, 0)),
+        };
         self.bind()?;
         self.timed(
             || Work::named(symbol.name),
             || {
                 // SAFETY: the caller's, as above; the driver copies the arguments before this returns.
                 let answer = unsafe {
-                    let (blocks, threads, shared) = (three(grid.blocks), three(grid.threads), grid.shared as u32);
-                    result::launch_kernel(function.0, blocks, threads, shared, self.queue(), &mut pointers)
+                    sys::cuLaunchKernelEx(&raw const config, function.0, pointers.as_mut_ptr(), std::ptr::null_mut())
                 };
-                check(self.ordinal, symbol.name, answer)
+                check(self.ordinal, symbol.name, answer.result())
             },
         )?;
         if synchronous() && !super::replay::capturing() {

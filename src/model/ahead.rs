@@ -7,7 +7,7 @@ use super::config::ModelType;
 use super::kv_cache::{CachedPass, LayerPass};
 use super::layers::Pass;
 use super::plan::ChunkPlan;
-use crate::autograd::{Var, no_grad};
+use crate::autograd::no_grad;
 use crate::cuda::{Replay, Workspace};
 pub(crate) use crate::ops::cuda::advance::MOST_STEPS;
 use crate::ops::cuda::advance::{StepRow, Steps};
@@ -158,9 +158,9 @@ impl Cat {
             pass.layer_plan = Some((ChunkPlan { chunk: 1, header: 1, tokens: 1 }, inside));
             LayerPass { rows: layer_rows, kept: vec![], open, full: vec![], order: vec![] }
         });
-        let x = Var::constant(steps.embedding(self.wte.value())?);
+        let x = steps.embedding(self.wte.value())?;
         let cached = CachedPass { rows, prompt: false, layer };
-        let h = self.decoder.forward_cached(&x, &pass, &mut cache.layers, &cached)?;
+        let h = self.decoder.forward_cached(x, &pass, &mut cache.layers, &cached)?;
         steps.choose(&self.last_logits(&h)?, limit, greedy)
     }
 

@@ -9,7 +9,7 @@ use super::kv_cache::{CachedPass, FullChunks, LayerPass};
 use super::layers::Pass;
 use super::plan::ChunkPlan;
 use crate::autograd::{Var, no_grad};
-use crate::ops::{self, CacheRows, Mask, concat, expand, reshape};
+use crate::ops::{self, CacheRows, Mask, concat, expand, fused_linear, reshape};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
@@ -116,7 +116,7 @@ impl Cat {
         let len = x.shape()[1];
         pass.keep = Some(vec![len - 1]);
         let cached = CachedPass { rows: runs(len, |t| &t.rows)?, prompt: true, layer };
-        let h = self.decoder.forward_cached(&x, &pass, &mut cache.layers, &cached)?;
+        let h = self.decoder.forward_cached(x.into_value(), &pass, &mut cache.layers, &cached)?;
         for p in prompts {
             let text = cache.text(p.text)?;
             (text.chunk, text.tokens) = (chunk, n);
@@ -163,7 +163,7 @@ impl Cat {
                 pass.layer_plan = Some((plan, cache.rope(self, &inside)?));
             }
             pass.keep = (keep.len() < positions.len()).then_some(keep);
-            let h = self.decoder.forward_cached(&x, &pass, &mut cache.layers, &cached)?;
+            let h = self.decoder.forward_cached(x.into_value(), &pass, &mut cache.layers, &cached)?;
             for &(id, token) in next {
                 let text = cache.text(id)?;
                 text.tokens += 1;
@@ -259,9 +259,9 @@ impl Cat {
         let d = self.config().decoder.dim;
         self.separator().map(|s| expand(&reshape(s, &[1, 1, d])?, &[batch, 1, d])).transpose()
     }
-    /// `[.., D]` -> `[rows, V]`.
-    pub(super) fn last_logits(&self, h: &Var) -> Result<Tensor> {
-        let y = ops::linear(h, &self.output, None)?.into_value();
+    /// What the last block leaves, `[.., D]` -> `[rows, V]`.
+    pub(super) fn last_logits(&self, h: &Tensor) -> Result<Tensor> {
+        let y = fused_linear(h, self.decoder.norm.then(&self.output))?;
         y.reshape(&[y.numel() / y.last_dim().max(1), y.last_dim()])
     }
 }

@@ -7,7 +7,7 @@ use super::layers::{Attention, AttentionShape, Pass, linear_init};
 use super::param::{Builder, Init, Param};
 use super::plan::ChunkPlan;
 use crate::autograd::Var;
-use crate::ops::{self, RopeTable, concat};
+use crate::ops::{self, FusedLinear, RopeTable, concat, fused_linear};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -81,21 +81,22 @@ impl CatLayer {
     }
 
     /// New rows x: whole prompts `[B, n, dim]`, or the newest tokens of any texts, `[1, R, dim]`.
-    pub fn forward_cached(&self, x: &Var, pass: &Pass, cache: &mut CatLayerCache, cached: &CachedPass) -> Result<Var> {
+    pub fn forward_cached(&self, x: &Var, pass: &Pass, cache: &mut CatLayerCache, cached: &CachedPass) -> Result<Tensor> {
         let Some(layer) = &cached.layer else { return Err(Error::config("a CAT layer outside a cat_layer model")) };
         let (plan, rope) = layer_plan(pass)?;
         let &[b, n, dim] = x.shape() else { return Err(Error::shape("cat_layer", "rows need three dimensions")) };
         let new = x.value().reshape(&[b, 1, n, dim])?;
-        let y = if cached.prompt {
+        let mixed = if cached.prompt {
             if plan.tail() > 0 {
                 let tail = new.narrow(2, plan.full_chunks() * plan.chunk, plan.tail())?;
                 ops::write_rows(&mut cache.open, &tail, &layer.open)?;
             }
             let to = (&mut cache.kv, &layer.rows, Some(&layer.kept[..]));
-            self.attention.forward_cached(&self.sequence(x, plan)?, rope, Some(plan.mask()), Some(&plan.outputs()), to)?
+            let all = self.attention.mixed_cached(self.sequence(x, plan)?.value(), None, rope, Some(plan.mask()), to)?;
+            ops::index_select(&Var::constant(all), 1, &plan.outputs())?.into_value()
         } else {
             ops::write_rows(&mut cache.open, &new, &layer.open)?;
-            let mut rows = ops::linear(x, &self.expand, None)?;
+            let mut rows = Var::constant(fused_linear(x.value(), FusedLinear::new(self.expand.value()))?);
             if !layer.full.is_empty() {
                 // the tokens that fill their chunks are replaced by the chunks' representations
                 let open = Var::constant(cache.open.clone());
@@ -105,9 +106,10 @@ impl CatLayer {
                 }
                 rows = ops::index_select(&concat(&parts.iter().collect::<Vec<_>>(), 1)?, 1, &layer.order)?;
             }
-            self.attention.forward_cached(&rows, rope, None, None, (&mut cache.kv, &layer.rows, None))?
+            self.attention.mixed_cached(rows.value(), None, rope, None, (&mut cache.kv, &layer.rows, None))?
         };
-        ops::linear(&y, &self.final_proj, None)
+        let y = fused_linear(&mixed, self.attention.out())?;
+        fused_linear(&y, FusedLinear::new(self.final_proj.value()))
     }
 
     pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Param>) {

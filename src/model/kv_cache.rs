@@ -1,7 +1,7 @@
 //! What one layer keeps of the past (spec section 5), of all texts of a cache in one run of rows.
 
 use crate::Result;
-use crate::ops::{self, CacheRows};
+use crate::ops::{self, CacheRows, QkNorm, RopeTable};
 use crate::tensor::Tensor;
 
 /// Keys and values of one attention, `[Hkv, T, d]` each. Which text a row belongs to, the [`Cache`](super::Cache) knows.
@@ -27,9 +27,18 @@ impl KvCache {
     pub fn write(&mut self, k: &Tensor, v: &Tensor, rows: &CacheRows) -> Result<()> {
         ops::write_row_pairs([&mut self.k, &mut self.v], [k, v], rows)
     }
-    /// Queries of new rows, `[B, H, n, d]`, against what each of them sees.
-    pub fn attend(&self, q: &Tensor, rows: &CacheRows, scale: f64) -> Result<Tensor> {
-        ops::cached_attention(q, &self.k, &self.v, rows, scale)
+    /// New rows that are newest rows of their texts, from their projection `[1, R, (H + 2 Hkv) d]`: taken in, and what each of
+    /// them sees, `[1, R, H d]`.
+    pub fn step(
+        &mut self,
+        joint: &Tensor,
+        (heads, kv_heads): (usize, usize),
+        norms: Option<QkNorm>,
+        rope: &RopeTable,
+        rows: &CacheRows,
+        scale: f64,
+    ) -> Result<Tensor> {
+        ops::cached_step(joint, (heads, kv_heads), norms, rope, [&mut self.k, &mut self.v], rows, scale)
     }
 }
 

@@ -3,12 +3,12 @@
 use super::cache::CacheSize;
 use super::cat_layer::CatLayer;
 use super::config::{LayerType, ModelConfig, TransformerConfig};
-use super::kv_cache::{CachedPass, KvCache, LayerCache};
+use super::kv_cache::{KvCache, LayerCache};
 use super::param::{Builder, Init, Param};
 use super::plan::ChunkPlan;
+use crate::Result;
 use crate::autograd::{Var, recompute};
-use crate::ops::{self, CacheRows, Mask, QkNorm, RopeTable};
-use crate::{Error, Result};
+use crate::ops::{self, Mask, QkNorm, RopeTable};
 
 /// Initial scale of linear and embedding weights: `sqrt(2 / (5 dim))`.
 pub(super) fn linear_init(dim: usize) -> Init {
@@ -53,10 +53,10 @@ pub struct AttentionShape {
 /// Multi-head attention with RoPE, optional QK-norm and grouped queries.
 #[derive(Clone, Debug)]
 pub struct Attention {
-    shape: AttentionShape,
-    wqkv: Param,
-    wqkv_bias: Option<Param>,
-    wo: Param,
+    pub(super) shape: AttentionShape,
+    pub(super) wqkv: Param,
+    pub(super) wqkv_bias: Option<Param>,
+    pub(super) wo: Param,
     qk_norm: Option<(Norm, Norm)>,
 }
 
@@ -81,8 +81,10 @@ impl Attention {
     fn qkv(&self, x: &Var, rope: &RopeTable) -> Result<[Var; 3]> {
         let AttentionShape { heads, kv_heads, .. } = self.shape;
         let joint = ops::linear(x, &self.wqkv, self.wqkv_bias.as_deref())?;
-        let norm = self.qk_norm.as_ref().map(|(q, k)| QkNorm { q: &q.weight, k: &k.weight, eps: q.eps });
-        ops::qk_norm_rope(&joint, heads, kv_heads, norm, rope)
+        ops::qk_norm_rope(&joint, heads, kv_heads, self.norms(), rope)
+    }
+    pub(super) fn norms(&self) -> Option<QkNorm<'_>> {
+        self.qk_norm.as_ref().map(|(q, k)| QkNorm { q: &q.weight, k: &k.weight, eps: q.eps })
     }
 
     /// x `[B, L, D]` -> `[B, L', D]`: all rows, or those listed in `keep`.
@@ -92,41 +94,19 @@ impl Attention {
         self.project(&mixed, keep)
     }
 
-    /// As [`Attention::forward`], for new rows that a cache takes in: at `rows`, all of them or those listed in `kept`. They
-    /// attend to one another under `mask` where one is given, else each to what it sees of the cache.
-    pub fn forward_cached(
-        &self,
-        x: &Var,
-        rope: &RopeTable,
-        mask: Option<Mask>,
-        keep: Option<&[usize]>,
-        (cache, rows, kept): (&mut KvCache, &CacheRows, Option<&[usize]>),
-    ) -> Result<Var> {
-        let [q, k, v] = self.qkv(x, rope)?;
-        match kept {
-            None => cache.write(k.value(), v.value(), rows)?,
-            Some(kept) => {
-                let [k, v] = [ops::index_select(&k, 2, kept)?, ops::index_select(&v, 2, kept)?];
-                cache.write(k.value(), v.value(), rows)?;
-            }
-        }
-        let mixed = match mask {
-            Some(mask) => ops::attention(&q, &k, &v, mask, self.scale())?,
-            None => cache.attend(q.value(), rows, self.scale())?.into(),
-        };
-        self.project(&mixed, keep)
-    }
-
-    fn scale(&self) -> f64 {
+    pub(super) fn scale(&self) -> f64 {
         1.0 / (self.shape.head_dim as f64).sqrt()
     }
 
     /// `[B, H, L, d]` -> `wo` of the kept rows, `[B, L', D]`.
     fn project(&self, mixed: &Var, keep: Option<&[usize]>) -> Result<Var> {
+        ops::linear(&kept(&self.joined(mixed)?, keep)?, &self.wo, None)
+    }
+    /// `[B, H, L, d]` -> `[B, L, H d]`.
+    pub(super) fn joined(&self, mixed: &Var) -> Result<Var> {
         let mixed = ops::transpose(mixed, 1, 2)?;
         let (b, l) = (mixed.shape()[0], mixed.shape()[1]);
-        let mixed = ops::reshape(&mixed, &[b, l, self.shape.heads * self.shape.head_dim])?;
-        ops::linear(&kept(&mixed, keep)?, &self.wo, None)
+        ops::reshape(&mixed, &[b, l, self.shape.heads * self.shape.head_dim])
     }
 
     pub fn new_cache(&self, rows: usize) -> Result<KvCache> {
@@ -148,16 +128,16 @@ impl Attention {
 }
 
 /// The rows of `[B, L, D]` listed in `keep`, or all.
-fn kept(x: &Var, keep: Option<&[usize]>) -> Result<Var> {
+pub(super) fn kept(x: &Var, keep: Option<&[usize]>) -> Result<Var> {
     keep.map_or_else(|| Ok(x.clone()), |rows| ops::index_select(x, 1, rows))
 }
 
 /// `proj(silu(fc_1 x) * fc_2 x)`.
 #[derive(Clone, Debug)]
 pub struct FeedForward {
-    fc_1: Param,
-    fc_2: Param,
-    proj: Param,
+    pub(super) fc_1: Param,
+    pub(super) fc_2: Param,
+    pub(super) proj: Param,
 }
 
 impl FeedForward {
@@ -185,10 +165,10 @@ pub enum Mixer {
 /// `h = x + mixer(attention_norm(x)); out = h + feed_forward(ffn_norm(h))`.
 #[derive(Clone, Debug)]
 pub struct Block {
-    attention_norm: Norm,
-    mixer: Mixer,
-    ffn_norm: Norm,
-    feed_forward: FeedForward,
+    pub(super) attention_norm: Norm,
+    pub(super) mixer: Mixer,
+    pub(super) ffn_norm: Norm,
+    pub(super) feed_forward: FeedForward,
 }
 
 /// What one pass through a stack of blocks has in common.
@@ -256,29 +236,13 @@ impl Stack {
             if pass.recompute {
                 let (block, next, pass) = (block.clone(), next.clone(), pass.clone());
                 let out = recompute(&[&n, &h], move |v| {
-                    let (n, h) = block.forward(&v[0], &v[1], &next, &pass, last, None)?;
+                    let (n, h) = block.forward(&v[0], &v[1], &next, &pass, last)?;
                     Ok(vec![n, h])
                 })?;
                 (n, h) = (out[0].clone(), out[1].clone());
             } else {
-                (n, h) = block.forward(&n, &h, next, pass, last, None)?;
+                (n, h) = block.forward(&n, &h, next, pass, last)?;
             }
-        }
-        Ok(n)
-    }
-
-    /// As [`Stack::forward`] for new rows that the caches (one a block) take in.
-    pub fn forward_cached(&self, x: &Var, pass: &Pass, caches: &mut [LayerCache], cached: &CachedPass) -> Result<Var> {
-        if caches.len() != self.blocks.len() {
-            let detail =
-                format!("a cache of {} layers for a model of {}: make one with Cat::cache", caches.len(), self.blocks.len());
-            return Err(Error::shape("cache", detail));
-        }
-        let Some(first) = self.blocks.first() else { return self.norm.forward(x) };
-        let (mut n, mut h) = (first.attention_norm.forward(x)?, x.clone());
-        for (i, (block, cache)) in self.blocks.iter().zip(caches).enumerate() {
-            let next = self.blocks.get(i + 1).map_or(&self.norm, |b| &b.attention_norm);
-            (n, h) = block.forward(&n, &h, next, pass, i + 1 == self.blocks.len(), Some((cache, cached)))?;
         }
         Ok(n)
     }
@@ -299,26 +263,11 @@ impl Stack {
 
 impl Block {
     /// (normed, residual) -> the same pair for `next`, the norm that follows.
-    fn forward(
-        &self,
-        n: &Var,
-        h: &Var,
-        next: &Norm,
-        pass: &Pass,
-        last: bool,
-        cache: Option<(&mut LayerCache, &CachedPass)>,
-    ) -> Result<(Var, Var)> {
+    fn forward(&self, n: &Var, h: &Var, next: &Norm, pass: &Pass, last: bool) -> Result<(Var, Var)> {
         let keep = if last { pass.keep.as_deref() } else { None };
-        let a = match (&self.mixer, cache) {
-            (Mixer::Dense(a), None) => a.forward(n, &pass.rope, pass.mask, keep)?,
-            (Mixer::Dense(a), Some((LayerCache::Kv(kv), c))) => {
-                a.forward_cached(n, &pass.rope, c.prompt.then_some(pass.mask), keep, (kv, &c.rows, None))?
-            }
-            (Mixer::Cat(c), None) => kept(&c.forward(n, pass)?, keep)?,
-            (Mixer::Cat(c), Some((LayerCache::Cat(cache), cached))) => {
-                kept(&c.forward_cached(n, pass, cache, cached)?, keep)?
-            }
-            _ => return Err(Error::config("cache of another kind of layer")),
+        let a = match &self.mixer {
+            Mixer::Dense(a) => a.forward(n, &pass.rope, pass.mask, keep)?,
+            Mixer::Cat(c) => kept(&c.forward(n, pass)?, keep)?,
         };
         let (n, h) = self.ffn_norm.add_forward(&kept(h, keep)?, &a)?;
         let f = self.feed_forward.forward(&n)?;

@@ -6,6 +6,7 @@
 mod ahead;
 mod cache;
 mod cached;
+mod cached_layers;
 mod cat;
 mod cat_layer;
 mod checkpoint;

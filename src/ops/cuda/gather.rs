@@ -120,7 +120,8 @@ pub(crate) fn scatter_add(
         let (target, starts, order) = (at(first)?, at(all + first)?, at(2 * all + 1)?);
         let items = count * s.leads * (s.width / each);
         let shared = if down > 1 { across * down * each * size_of::<f32>() } else { 0 };
-        let grid = Grid { blocks: [items.div_ceil(across), 1, 1], threads: [across, down, 1], shared };
+        let grid =
+            Grid { blocks: [items.div_ceil(across), 1, 1], threads: [across, down, 1], ..Grid::new(0, 0).shared(shared) };
         let views = [s.lead.into(), s.inner.into(), s.stride.into(), target.into(), starts.into(), order.into()];
         let sizes = [count.into(), s.leads.into(), shape[dim].into(), s.width.into()];
         let args = [&[to, dy.read()?][..], &views, &sizes].concat();

@@ -193,13 +193,13 @@ unsafe fn multiply(gpu: &'static Gpu, p: &Product) -> Result<()> {
         (true, Some((a, b))) => ([(tiles * splits * p.batch).min(gpu.multiprocessors as usize), 1, 1], vec![a, b, arg]),
         _ => ([tiles, splits, p.batch], vec![arg]),
     };
-    let grid = Grid { blocks, threads: [t.threads, 1, 1], shared: t.shared };
+    let grid = Grid { blocks, ..Grid::new(0, t.threads).shared(t.shared) };
     // SAFETY: the matrices are the caller's obligation, and the parts have a place for each of splits x batch x m x n floats.
     // The words are `Product`'s fields in order, after two tensor maps where the kernel takes them.
     unsafe { gpu.launch(t.symbol, variant, grid, &args)? };
     if parts.is_some() {
         let symbol = if single { gemm_f32::gemm_sum } else { gemm::gemm_sum };
-        let grid = Grid { blocks: [(m * n).div_ceil(256).min(65_535), 1, p.batch], threads: [256, 1, 1], shared: 0 };
+        let grid = Grid { blocks: [(m * n).div_ceil(256).min(65_535), 1, p.batch], ..Grid::new(0, 256) };
         // SAFETY: as above; the launch before, on the same stream, wrote every part.
         unsafe { gpu.launch(symbol, variant, grid, &[arg])? };
     }

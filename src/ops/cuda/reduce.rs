@@ -88,7 +88,7 @@ fn columns(y: &mut Tensor, x: &Tensor, kept: &[(usize, usize)], summed: &[(usize
     let (m, n) = (count(kept), count(summed));
     let launch = |symbol, y: Arg, x_arg: Arg, views: [View; 2], [pack, n, run, runs]: [usize; 4], packed: bool| {
         let threads = threads(w, pack);
-        let grid = Grid { blocks: [w.div_ceil(threads[0] * pack) * m, runs, 1], threads, shared: 0 };
+        let grid = Grid { blocks: [w.div_ceil(threads[0] * pack) * m, runs, 1], threads, ..Grid::new(0, 0) };
         let sizes = [w.into(), n.into(), run.into(), runs.into(), packed.into()];
         let args: Vec<Arg> = [y, x_arg, views[0].into(), views[1].into()].into_iter().chain(sizes).collect();
         // SAFETY: the parameters are (y, x, kept view, summed view, w, n, run, runs, packed); the views lie inside x, y is

@@ -1,0 +1,29 @@
+//! Attention of a step of decoding, from the fused projection on: QK-norm and RoPE, the new key and value into the cache, and
+//! what each row sees of it. Has no gradient.
+
+use super::{CacheRows, QkNorm, RopeTable, cached_attention, qk_norm_rope, write_row_pairs};
+use crate::Result;
+use crate::autograd::{Var, no_grad};
+use crate::tensor::Tensor;
+
+/// joint `[1, R, (H + 2 Hkv) d]`, rows as [`qk_norm_rope`] takes them, at the R positions of `table` -> `[1, R, H d]`: each row's
+/// key and value are written into the caches k and v `[Hkv, T, d]` at the row's place, as [`write_row_pairs`] does, and then each
+/// attends to what it sees, as in [`cached_attention`].
+///
+/// On CUDA one kernel does it where no row sees another's place.
+pub fn cached_step(
+    joint: &Tensor,
+    (heads, kv_heads): (usize, usize),
+    norm: Option<QkNorm>,
+    table: &RopeTable,
+    [k, v]: [&mut Tensor; 2],
+    rows: &CacheRows,
+    scale: f64,
+) -> Result<Tensor> {
+    no_grad(|| {
+        let [q, new_k, new_v] = qk_norm_rope(&Var::constant(joint.clone()), heads, kv_heads, norm, table)?;
+        write_row_pairs([&mut *k, &mut *v], [new_k.value(), new_v.value()], rows)?;
+        let y = cached_attention(q.value(), k, v, rows, scale)?.permute(&[0, 2, 1, 3])?;
+        y.reshape(&[y.dim(0), y.dim(1), y.dim(2) * y.dim(3)])
+    })
+}

@@ -1,0 +1,123 @@
+//! A linear map with what stands around it in a decoder block: the norm before, the gate or the residual add behind. Has no
+//! gradient.
+//!
+//! `n = x`, or with a norm `n = rms_norm(x)`; then `y = n W^T + bias + residual`, or with a gate `y = silu(n W^T) * (n U^T)`.
+
+use super::elementwise::{same_device, same_dtype};
+use super::matmul::gemm;
+use super::{add, linear, rms_norm, swiglu};
+use crate::autograd::{Var, no_grad};
+use crate::tensor::{Device, Tensor};
+use crate::{Error, Result};
+
+const OP: &str = "fused_linear";
+
+/// What is done to the rows of x, `[.., I]`.
+#[derive(Clone, Debug)]
+pub struct FusedLinear<'a> {
+    /// RMSNorm first: its weight `[I]`, and eps.
+    pub norm: Option<(&'a Tensor, f64)>,
+    /// W, `[O, I]`.
+    pub weight: &'a Tensor,
+    /// U, `[O, I]`: SwiGLU, with W for the gate. Then there is neither bias nor residual.
+    pub up: Option<&'a Tensor>,
+    /// `[O]`.
+    pub bias: Option<&'a Tensor>,
+    /// `[.., O]`, contiguous; the result takes its memory where nobody else holds it.
+    pub residual: Option<Tensor>,
+}
+
+impl<'a> FusedLinear<'a> {
+    /// `x W^T` so far.
+    pub fn new(weight: &'a Tensor) -> Self {
+        Self { norm: None, weight, up: None, bias: None, residual: None }
+    }
+    /// With RMSNorm before it.
+    pub fn after_norm(self, weight: &'a Tensor, eps: f64) -> Self {
+        Self { norm: Some((weight, eps)), ..self }
+    }
+    /// With a bias.
+    pub fn bias(self, bias: Option<&'a Tensor>) -> Self {
+        Self { bias, ..self }
+    }
+    /// As the gate of SwiGLU.
+    pub fn gate_of(self, up: &'a Tensor) -> Self {
+        Self { up: Some(up), ..self }
+    }
+    /// Added to what is there.
+    pub fn onto(self, residual: Tensor) -> Self {
+        Self { residual: Some(residual), ..self }
+    }
+
+    /// The shape of the result.
+    fn check(&self, x: &Tensor) -> Result<Vec<usize>> {
+        let w = self.weight;
+        let wrong = |detail: String| Err(Error::shape(OP, detail));
+        if x.rank() == 0 || w.rank() != 2 || w.dim(1) != x.last_dim() {
+            return wrong(format!("x {:?} does not fit weight {:?} [out, in]", x.shape(), w.shape()));
+        }
+        let mut shape = x.shape().to_vec();
+        shape[x.rank() - 1] = w.dim(0);
+        let beside = [
+            (self.norm.map(|n| n.0), "norm", &[w.dim(1)][..]),
+            (self.up, "up", w.shape()),
+            (self.bias, "bias", &[w.dim(0)]),
+            (self.residual.as_ref(), "residual", &shape),
+        ];
+        let mut all = vec![x, w];
+        for (t, name, want) in beside {
+            let Some(t) = t else { continue };
+            if t.shape() != want {
+                return wrong(format!("{name} {:?} should be {want:?}", t.shape()));
+            }
+            all.push(t);
+        }
+        if self.up.is_some() && (self.bias.is_some() || self.residual.is_some()) {
+            return wrong("a gated product takes neither bias nor residual".into());
+        }
+        same_dtype(OP, &all)?;
+        same_device(OP, &all)?;
+        if !x.dtype().is_float() {
+            return Err(Error::dtype(OP, format!("needs a float dtype, got {}", x.dtype())));
+        }
+        Ok(shape)
+    }
+}
+
+/// The formula above; x `[.., I]` of any strides, result `[.., O]`.
+///
+/// On CUDA a few rows (eight) are one kernel, which reads the weights once and rounds once, at the end, and whose result for a
+/// row is the same in every bit whatever rows are beside it. Otherwise these are the ops one after the other.
+pub fn fused_linear(x: &Tensor, map: FusedLinear) -> Result<Tensor> {
+    let shape = map.check(x)?;
+    let rows = shape[..shape.len() - 1].iter().product();
+    let x = x.reshape(&[rows, map.weight.dim(1)])?;
+    let FusedLinear { norm, weight, up, bias, residual } = map;
+    let residual = residual.map(|r| r.reshape(&[rows, weight.dim(0)])).transpose()?;
+    let y = match x.device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => {
+            let _op = crate::profile::enter("few_rows :: product");
+            super::cuda::few_rows::product(&x, norm, weight, up, bias, residual.as_ref())?
+        }
+        _ => None,
+    };
+    if let Some(y) = y {
+        return y.reshape(&shape);
+    }
+    no_grad(|| {
+        let constant = |t: &Tensor| Var::constant(t.clone());
+        let x = Var::constant(x);
+        let n = norm.map_or(Ok(x.clone()), |(w, eps)| rms_norm(&x, &constant(w), eps))?;
+        let weight = constant(weight);
+        if let Some(up) = up {
+            return swiglu(&linear(&n, &weight, None)?, &linear(&n, &constant(up), None)?)?.into_value().reshape(&shape);
+        }
+        let start = match (residual, bias) {
+            (Some(r), Some(b)) => Some(add(&Var::constant(r), &constant(b))?.into_value()),
+            (Some(r), None) => Some(r),
+            (None, _) => return linear(&n, &weight, bias.map(constant).as_ref())?.into_value().reshape(&shape),
+        };
+        gemm(n.value(), &weight.value().transpose(0, 1)?, start, weight.dtype())?.reshape(&shape)
+    })
+}
