@@ -273,7 +273,7 @@ impl Blas {
     ) -> std::result::Result<Option<sys::cublasLtMatmulAlgo_t>, lt::CublasError> {
         let alignment = |m: &Matrix, kind: Kind| {
             // of every row, and of every matrix of the batch
-            let bytes = [m.leading, m.batch_stride].map(|n| (n * kind.size()) as u64);
+            let bytes = [m.leading, m.batch_stride].map(|n| (n as u64).wrapping_mul(kind.size() as u64));
             (m.pointer | bytes[0] | bytes[1] | 256).trailing_zeros()
         };
         let key = Key {
@@ -285,9 +285,10 @@ impl Blas {
                 p.b.leading,
                 p.d.leading,
                 p.batch,
-                p.a.batch_stride,
-                p.b.batch_stride,
-                p.d.batch_stride,
+                // how far apart the matrices of a batch lie matters for alignment only; and whether they are one
+                usize::from(p.a.batch_stride == 0),
+                usize::from(p.b.batch_stride == 0),
+                usize::from(p.d.batch_stride == 0),
             ],
             transposed: [p.a.by_columns, p.b.by_columns],
             kinds: [p.input, p.output],

@@ -150,7 +150,8 @@ impl FeedForward {
         })
     }
     fn forward(&self, x: &Var) -> Result<Var> {
-        let hidden = ops::swiglu(&ops::linear(x, &self.fc_1, None)?, &ops::linear(x, &self.fc_2, None)?)?;
+        let [gate, up] = ops::linear_pair(x, [&self.fc_1, &self.fc_2])?;
+        let hidden = ops::swiglu(&gate, &up)?;
         ops::linear(&hidden, &self.proj, None)
     }
 }

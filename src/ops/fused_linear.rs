@@ -5,7 +5,7 @@
 
 use super::elementwise::{same_device, same_dtype};
 use super::matmul::gemm;
-use super::{add, linear, rms_norm, swiglu};
+use super::{add, linear, linear_pair, rms_norm, swiglu};
 use crate::autograd::{Var, no_grad};
 use crate::tensor::{Device, Tensor};
 use crate::{Error, Result};
@@ -111,7 +111,8 @@ pub fn fused_linear(x: &Tensor, map: FusedLinear) -> Result<Tensor> {
         let n = norm.map_or(Ok(x.clone()), |(w, eps)| rms_norm(&x, &constant(w), eps))?;
         let weight = constant(weight);
         if let Some(up) = up {
-            return swiglu(&linear(&n, &weight, None)?, &linear(&n, &constant(up), None)?)?.into_value().reshape(&shape);
+            let [gate, up] = linear_pair(&n, [&weight, &constant(up)])?;
+            return swiglu(&gate, &up)?.into_value().reshape(&shape);
         }
         let start = match (residual, bias) {
             (Some(r), Some(b)) => Some(add(&Var::constant(r), &constant(b))?.into_value()),

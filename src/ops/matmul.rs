@@ -1,7 +1,7 @@
 //! Matrix products: `linear` (the layout of weights in checkpoints) and batched `matmul`.
 
 use super::elementwise::{broadcast_shape, same_dtype};
-use crate::autograd::{Saved, Var, record_one};
+use crate::autograd::{Saved, Var, record, record_one};
 use crate::tensor::{DType, Tensor};
 use crate::{Error, Result};
 
@@ -49,6 +49,61 @@ pub fn linear(x: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
         }
         Ok(())
     }))
+}
+
+/// `[x W1^T, x W2^T]`: x `[.., I]`, both weights `[O, I]`, results `[.., O]`. On CUDA one product where memory lies so.
+///
+/// Backward: `dx = dy1 W1 + dy2 W2`, `dW1 = dy1^T x`, `dW2 = dy2^T x`, accumulated by the products themselves.
+pub fn linear_pair(x: &Var, weights: [&Var; 2]) -> Result<[Var; 2]> {
+    const OP: &str = "linear_pair";
+    let (xv, [w1, w2]) = (x.value(), weights.map(Var::value));
+    same_dtype(OP, &[xv, w1, w2])?;
+    if xv.rank() == 0 || w1.rank() != 2 || w1.dim(1) != xv.last_dim() || w1.shape() != w2.shape() {
+        let detail = format!("x {:?} does not fit weights {:?} and {:?} [out, in]", xv.shape(), w1.shape(), w2.shape());
+        return Err(Error::shape(OP, detail));
+    }
+    let (mut shape, [o, i]) = (xv.shape().to_vec(), [w1.dim(0), w1.dim(1)]);
+    let rows = shape[..shape.len() - 1].iter().product();
+    shape[xv.rank() - 1] = o;
+    let (x2, dtype) = (xv.reshape(&[rows, i])?, w1.dtype());
+    let [w1t, w2t] = [w1.transpose(0, 1)?, w2.transpose(0, 1)?];
+    let [y1, y2] = gemm_pair([&x2, &x2], [&w1t, &w2t], [None, None], dtype)?;
+    let (ws, x_shape, device) = ([w1.clone(), w2.clone()], xv.shape().to_vec(), xv.device());
+    let saved = weights.iter().any(|w| w.has_gradient()).then(|| x.save_as(x2));
+    let outputs = vec![y1.reshape(&shape)?, y2.reshape(&shape)?];
+    let ys = record(OP, &[x, weights[0], weights[1]], outputs, move |flow| {
+        let mut dy = |n: usize| match flow.output_at(n) {
+            Some(dy) => dy.reshape(&[rows, o]),
+            None => Tensor::zeros(&[rows, o], dtype, device),
+        };
+        let [dy1, dy2] = [dy(0)?, dy(1)?];
+        let kept = [flow.gradient_dtype(1), flow.gradient_dtype(2)];
+        if let Some(x2) = saved.map(|s| s.take()).transpose()? {
+            let x2 = x2.reshape(&[rows, i])?;
+            let turned = [dy1.transpose(0, 1)?, dy2.transpose(0, 1)?];
+            match kept {
+                [Some(a), Some(b)] if a == b => {
+                    let sums = [flow.take_sum(1), flow.take_sum(2)];
+                    let [dw1, dw2] = gemm_pair([&turned[0], &turned[1]], [&x2, &x2], sums, a)?;
+                    flow.put(1, dw1);
+                    flow.put(2, dw2);
+                }
+                _ => {
+                    for (n, kept) in kept.into_iter().enumerate() {
+                        let Some(kept) = kept else { continue };
+                        let sum = flow.take_sum(n + 1);
+                        flow.put(n + 1, gemm(&turned[n], &x2, sum, kept)?);
+                    }
+                }
+            }
+        }
+        if flow.wants(0) {
+            let dx = gemm(&dy1, &ws[0], None, dtype)?;
+            flow.give(0, gemm(&dy2, &ws[1], Some(dx), dtype)?.reshape(&x_shape)?)?;
+        }
+        Ok(())
+    });
+    <[Var; 2]>::try_from(ys).map_err(|_| Error::shape(OP, "two outputs"))
 }
 
 /// `a b` over the last two dimensions: a `[.., m, k]`, b `[.., k, n]`, result `[.., m, n]`; leading ones broadcast.
@@ -100,4 +155,15 @@ pub(crate) fn gemm(a: &Tensor, b: &Tensor, start: Option<Tensor>, dtype: DType) 
         super::elementwise::same_device("gemm", &[s, a])?;
     }
     on_device!(a.device(), matmul::gemm(a, b, start, dtype))
+}
+
+/// Two products of the same sizes, each as [`gemm`]'s, which may be computed as one.
+fn gemm_pair(a: [&Tensor; 2], b: [&Tensor; 2], start: [Option<Tensor>; 2], dtype: DType) -> Result<[Tensor; 2]> {
+    #[cfg(feature = "cuda")]
+    if let crate::tensor::Device::Cuda(_) = a[0].device() {
+        let _op = crate::profile::enter("matmul :: gemm");
+        return super::cuda::matmul::gemm_pair(a, b, start, dtype);
+    }
+    let [first, second] = start;
+    Ok([gemm(a[0], b[0], first, dtype)?, gemm(a[1], b[1], second, dtype)?])
 }

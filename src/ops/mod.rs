@@ -60,7 +60,7 @@ pub use elementwise::{add, add_assign, div, exp, ln, mul, neg, scale, silu, sqrt
 pub use fused_linear::{FusedLinear, fused_linear};
 pub use gather::{embedding, index_select};
 pub use interpolate::interpolate;
-pub use matmul::{linear, matmul};
+pub use matmul::{linear, linear_pair, matmul};
 pub use max::{argmax, max};
 pub use qk_norm_rope::{QkNorm, qk_norm_rope};
 pub use reduce::{mean, sum, sum_all};

@@ -2,6 +2,7 @@
 
 use crate::harness::{Case, Draw};
 use crate::num::{Array, Num};
+use felid::autograd::Var;
 use felid::ops;
 
 fn dot(a: &[Num], b: &[Num]) -> Num {
@@ -50,9 +51,29 @@ fn matmul(d: &mut Draw, lead: [(usize, usize); 2]) -> Case {
     Case::one(inputs, |v| ops::matmul(&v[0], &v[1]), formula).sums_as_stored()
 }
 
+/// x `[a, b, i]` and two weights `[o, i]`. Of x's gradient the first weight's part is kept in the dtype before the second's is
+/// added.
+fn linear_pair(d: &mut Draw) -> Case {
+    let [a, b, i, o] = d.dims;
+    let inputs = vec![d.input(&[a, b, i], -1.0, 1.0), d.input(&[o, i], -1.0, 1.0), d.input(&[o, i], -1.0, 1.0)];
+    let op = |v: &[Var]| ops::linear_pair(&v[0], [&v[1], &v[2]]).map(Vec::from);
+    let formula = |x: &[Array]| {
+        let product = |w: usize| {
+            let row = |row: &[Num]| {
+                let row: Vec<Num> = row.iter().map(|&n| if w == 1 { n.stored() } else { n }).collect();
+                x[w].rows().map(|w| dot(&row, w)).collect()
+            };
+            x[0].map_rows(row)
+        };
+        vec![product(1), product(2)]
+    };
+    Case::new(inputs, op, formula).sums_as_stored()
+}
+
 table! {
     linear_with_bias, large [3, 101, 120, 9], |d| linear(d, true);
     linear_without_bias, large [2, 33, 515, 5], |d| linear(d, false);
+    linear_of_two_weights, large [2, 33, 130, 72], |d| linear_pair(d);
     matmul_batched, large [3, 67, 130, 9], |d| {
         let (a, b) = (d.dims[0].min(7), 1 + d.below(3));
         matmul(d, [(a, a), (b, b)])

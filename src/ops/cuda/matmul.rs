@@ -67,6 +67,67 @@ pub(crate) fn gemm(a: &Tensor, b: &Tensor, start: Option<Tensor>, dtype: DType) 
     Ok(y)
 }
 
+/// Two products of the same sizes as [`gemm`]'s: a batch of two for cuBLASLt, wherever their operands lie in memory, if the
+/// second follows the first in all of them or is the same.
+pub(crate) fn gemm_pair(a: [&Tensor; 2], b: [&Tensor; 2], start: [Option<Tensor>; 2], dtype: DType) -> Result<[Tensor; 2]> {
+    let [m, k, n] = [a[0].dim(0), a[0].dim(1), b[0].dim(1)];
+    let new = start[0].is_none() && start[1].is_none();
+    let alike = a[0].shape() == a[1].shape() && b[0].shape() == b[1].shape() && start[0].is_some() == start[1].is_some();
+    let (one, two) = (a[0].dtype(), [a[1], b[0], b[1]]);
+    let whole = m > 0 && n > 0 && k > 0 && b[0].dim(0) == k && two.iter().all(|t| t.dtype() == one);
+    let [first, second] = start;
+    if !alike || !whole || cuda::gemm() != Gemm::Auto {
+        return Ok([gemm(a[0], b[0], first, dtype)?, gemm(a[1], b[1], second, dtype)?]);
+    }
+    let target = |start: Option<Tensor>| -> Result<Tensor> {
+        let mut y = start.map_or_else(|| Tensor::empty(&[m, n], dtype, a[0].device()), Ok)?;
+        y.make_owner()?;
+        Ok(y)
+    };
+    let mut ys = [target(first)?, target(second)?];
+    let [(a0, am), (a1, am2)] = [operand(a[0])?, operand(a[1])?];
+    let [(b0, bm), (b1, bm2)] = [operand(b[0])?, operand(b[1])?];
+    let sizes = [a0.dtype().size(), b0.dtype().size(), dtype.size()];
+    let (mut ams, mut bms) = ([am, am2], [bm, bm2]);
+    let ascending = |m: &[Matrix; 2]| m[0].pointer <= m[1].pointer;
+    let back = !(ascending(&ams) && ascending(&bms));
+    if back {
+        ams.reverse();
+        bms.reverse();
+        ys.reverse();
+    }
+    if new && ys[0].pointer()? > ys[1].pointer()? {
+        ys.reverse();
+    }
+    let d =
+        |y: &Tensor| Ok(Matrix { pointer: y.pointer()?, rows: m, cols: n, leading: n, by_columns: false, batch_stride: 0 });
+    let apart = |of: [Matrix; 2], size: usize| {
+        let same = of[0].leading == of[1].leading && of[0].by_columns == of[1].by_columns;
+        let bytes = of[1].pointer.checked_sub(of[0].pointer).filter(|n| same && n % 16 == 0)? as usize;
+        Some(Matrix { batch_stride: bytes / size, ..of[0] })
+    };
+    let ds = [d(&ys[0])?, d(&ys[1])?];
+    let (gpu, input, output) = (a0.gpu()?, kind(a0.dtype())?, kind(dtype)?);
+    if let (Some(a), Some(b), Some(d)) = (apart(ams, sizes[0]), apart(bms, sizes[1]), apart(ds, sizes[2])) {
+        let product = Product { a, b, d, batch: 2, input, output, accumulate: !new };
+        // SAFETY: as in `multiply`, for both.
+        if gpu.timed(|| work(&product), || unsafe { gpu.blas_product(&product) })? {
+            if back {
+                ys.reverse();
+            }
+            return Ok(ys);
+        }
+    }
+    for (i, y) in ys.iter_mut().enumerate() {
+        let (a, b) = if back == (i == 0) { (&a1, &b1) } else { (&a0, &b0) };
+        multiply(a, b, ams[i], bms[i], y, 1, !new)?;
+    }
+    if back {
+        ys.reverse();
+    }
+    Ok(ys)
+}
+
 /// `a b` over leading dimensions that already agree: a `[.., m, k]`, b `[.., k, n]`.
 pub(crate) fn batched(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let r = a.rank();
