@@ -8,10 +8,12 @@ use super::cat::Cat;
 use super::config::{LayerType, ModelConfig, ModelType};
 use super::kv_cache::LayerCache;
 use super::plan::ChunkPlan;
+use crate::autograd::Var;
 use crate::memory::{Category, counted_as};
 use crate::ops::RopeTable;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
+use std::collections::BTreeMap;
 use std::iter::{self, Sum};
 use std::ops::{Add, Range};
 
@@ -87,6 +89,9 @@ pub struct Cache {
     layer_rows: Runs,
     open: Runs,
     rope: RopeTable,
+    /// The compressor's projection, by chunk size: resized once, not for every chunk that fills. Forgotten when a text is read
+    /// from its beginning, since weights may have changed before that.
+    pub(super) projections: BTreeMap<usize, Var>,
 }
 
 impl Cat {
@@ -122,7 +127,7 @@ impl Cat {
             self.decoder.blocks.iter().map(|b| b.new_cache(size)).collect::<Result<Vec<_>>>()
         })?;
         let [rows, layer_rows, open] = [size.rows, size.layer_rows, size.open_rows].map(Runs::new);
-        Ok(Cache { layers, texts: vec![], rows, layer_rows, open, rope: self.rope(&[])? })
+        Ok(Cache { layers, texts: vec![], rows, layer_rows, open, rope: self.rope(&[])?, projections: BTreeMap::new() })
     }
 }
 

@@ -13,6 +13,7 @@ use crate::ops::{self, CacheRows, Mask, concat, expand, fused_linear, reshape};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 
 /// Tokens that are read at once: bounds what their activations take.
@@ -52,6 +53,7 @@ impl Cat {
             groups.entry((chunk, n)).or_default().push(i);
         }
         distinct("prefill", prompts.iter().map(|p| p.text))?;
+        cache.projections.clear();
         let (mut parts, mut order) = (Vec::new(), vec![0; prompts.len()]);
         for ((chunk, n), group) in &groups {
             for piece in group.chunks((TOKENS_AT_ONCE / n).max(1)) {
@@ -153,7 +155,7 @@ impl Cat {
         no_grad(|| {
             let filled = Filled::new(&texts, next);
             let (x, keep, positions, cached) = match &self.chunks {
-                Some(_) => self.chunk_step(&texts, next, &filled)?,
+                Some(_) => self.chunk_step(&mut cache.projections, &texts, next, &filled)?,
                 None => self.token_step(&texts, next, &filled)?,
             };
             let mut pass = Pass::new(cache.rope(self, &positions)?, Mask::Causal);
@@ -181,7 +183,13 @@ impl Cat {
     /// A step of a model with slots: the rows `[1, R, D]`, which of them predict the next tokens, their positions and
     /// places. A text whose block is not full gets its token's row. Where it is full, its last token need not run: the
     /// chunk's representation takes its place, and in the adaptive model the separator follows.
-    fn chunk_step(&self, texts: &[Text], next: &[(TextId, i64)], filled: &Filled) -> Result<Step> {
+    fn chunk_step(
+        &self,
+        projections: &mut BTreeMap<usize, Var>,
+        texts: &[Text],
+        next: &[(TextId, i64)],
+        filled: &Filled,
+    ) -> Result<Step> {
         let c = self.config();
         let Some(chunks) = &self.chunks else { return Err(Error::config("a dense model has no chunks")) };
         let open: Vec<i64> = filled.of_text.iter().zip(next).filter(|(f, _)| f.is_none()).map(|(_, n)| n.1).collect();
@@ -193,7 +201,11 @@ impl Cat {
             let ids: Vec<i64> = group.iter().flat_map(|&i| texts[i].pending.iter().copied().chain([next[i].1])).collect();
             let numbers: Vec<usize> = group.iter().map(|&i| texts[i].tokens / chunk).collect();
             let ids = Tensor::ids(&ids, &[group.len(), chunk])?;
-            let fx = chunks.f.forward_chunks(&ids, &numbers, chunk, c.table_row(chunk))?;
+            let projection = match projections.entry(chunk) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => new.insert(chunks.f.projection(chunk)?),
+            };
+            let fx = chunks.f.forward_chunks(&ids, &numbers, chunk, c.table_row(chunk), projection)?;
             parts.push(reshape(&fx, &[1, group.len(), c.decoder.dim])?);
         }
         let separator = if filled.groups.is_empty() { None } else { self.separator_rows(1)? };

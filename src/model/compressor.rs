@@ -49,16 +49,28 @@ impl Compressor {
         let (b, k) = (ids.dim(0), ids.dim(1) / chunk);
         let d = self.wte.shape()[1];
         let place = expand(&reshape(&narrow(&self.pos_tokens, 0, 0, k)?, &[1, k, 1, d])?, &[b, k, 1, d])?;
-        self.compress(ids, place, chunk, row, recompute)
+        ops::linear(&self.compress(ids, place, chunk, row, recompute)?, &self.projection(chunk)?, None)
     }
-    /// Chunks of any texts, ids `[R, C]`, the first chunk of a text being number 0 -> `[R, 1, D]`.
-    pub fn forward_chunks(&self, ids: &Tensor, numbers: &[usize], chunk: usize, row: usize) -> Result<Var> {
+    /// Chunks of any texts, ids `[R, C]`, the first chunk of a text being number 0 -> `[R, 1, D]`. `projection` is
+    /// [`Compressor::projection`] for C.
+    pub fn forward_chunks(
+        &self,
+        ids: &Tensor,
+        numbers: &[usize],
+        chunk: usize,
+        row: usize,
+        projection: &Var,
+    ) -> Result<Var> {
         let (r, d) = (ids.dim(0), self.wte.shape()[1]);
         let place = reshape(&ops::index_select(&self.pos_tokens, 0, numbers)?, &[r, 1, 1, d])?;
-        self.compress(ids, place, chunk, row, false)
+        ops::linear(&self.compress(ids, place, chunk, row, false)?, projection, None)
+    }
+    /// What maps a chunk's C output rows to its representation, `[D, C Df]`: the model's, or resized to C.
+    pub fn projection(&self, chunk: usize) -> Result<Var> {
+        ops::interpolate(&self.proj_fx, 1, chunk * self.wte.shape()[1])
     }
 
-    /// ids `[B, K*C]` and the chunks' place tokens `[B, K, 1, Df]` -> `[B, K, D]`.
+    /// ids `[B, K*C]` and the chunks' place tokens `[B, K, 1, Df]` -> the output rows of each chunk, `[B, K, C Df]`.
     fn compress(&self, ids: &Tensor, place: Var, chunk: usize, row: usize, recompute: bool) -> Result<Var> {
         let (b, k) = (ids.dim(0), ids.dim(1) / chunk);
         let d = self.wte.shape()[1];
@@ -76,11 +88,7 @@ impl Compressor {
         let mut pass = Pass::new(RopeTable::new(&positions, self.head_dim, self.rope_base)?, Mask::Bidirectional);
         pass.keep = Some((header..len).collect());
         pass.recompute = recompute;
-        let flat = reshape(&self.stack.forward(&x, &pass)?, &[b, k, chunk * d])?;
-        if self.proj_fx.shape()[1] == chunk * d {
-            return ops::linear(&flat, &self.proj_fx, None);
-        }
-        ops::linear(&flat, &ops::interpolate(&self.proj_fx, 1, chunk * d)?, None)
+        reshape(&self.stack.forward(&x, &pass)?, &[b, k, chunk * d])
     }
 
     pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Param>) {
