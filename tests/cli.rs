@@ -77,7 +77,7 @@ fn train_generate_logits_convert() {
         r#"{"prompt": "cats are ", "seed": 7, "chunk_size": 4}"#,
         "",
         r#"{"prompt": "whoever has", "max_new_tokens": 30, "chunk_size": "8,2@9", "temperature": 0, "logprobs": 2}"#,
-        r#"{"prompt": "x", "stop": ["e", "a"], "repetition_penalty": 1.2, "top_k": 20, "min_p": 0.01, "stop_token": ["32"]}"#,
+        r#"{"prompt": "x", "stop": ["e", "a"], "repetition_penalty": 1.2, "top_k": 20, "min_p": 0.01, "stop_token": [32, "33"]}"#,
     ];
     std::fs::write(path("prompts.jsonl"), prompts.join("\n")).unwrap();
     let batch =
@@ -104,6 +104,9 @@ fn train_generate_logits_convert() {
         (r#"{"prompt": "x", "chunk_size": 3}"#, 1, ["request 1", "chunk size 3"]),
         (r#"{"prompt": ""}"#, 1, ["request 1", "prompt is empty"]),
         (r#"{"prompt": "x", "stop_token": ["<|none|>"]}"#, 2, ["request 1", "unknown stop token '<|none|>'"]),
+        (r#"{"prompt": "x", "stop_token": [true]}"#, 1, ["line 2", "a stop token is an id"]),
+        (r#"{"prompt": "x", "stop_token": [256]}"#, 1, ["request 1", "256"]),
+        (r#"{"prompt": "x", "chunk_size": [4]}"#, 1, ["line 2", "use a chunk size"]),
         (r#"{"prompt": "x", "max_new_tokens": 65}"#, 1, ["request 1", "block_size of 64"]),
         (r#"{"prompt": "x", "temperature": 0, "top_p": 0.5}"#, 2, ["request 1", "contradicts"]),
         (r#"{"prompt": "x", "tempreature": 0}"#, 1, ["line 2", "tempreature"]),

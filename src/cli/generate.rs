@@ -40,7 +40,7 @@ pub struct Generate {
     /// Print the prompt before its continuation
     #[arg(long)]
     echo: bool,
-    /// Print one JSON object instead of text
+    /// Print one JSON object instead of text; with --prompts, statistics as one on stderr
     #[arg(long)]
     json: bool,
     /// Print the memory that this would take, and stop
@@ -90,7 +90,7 @@ struct Settings {
     stop: Vec<String>,
     /// End at this token: its id, or its text in the tokenizer; may be given several times, <|endoftext|> always counts
     #[arg(long, value_name = "TOKEN")]
-    stop_token: Vec<String>,
+    stop_token: Vec<StopToken>,
     /// Report log-probabilities: of each token, and of this many likeliest
     #[arg(long, value_name = "N")]
     logprobs: Option<usize>,
@@ -120,23 +120,36 @@ fn chunk_sizes(s: &str) -> std::result::Result<ChunkSizes, String> {
 }
 
 fn chunk_sizes_of_json<'de, D: serde::Deserializer<'de>>(d: D) -> std::result::Result<Option<ChunkSizes>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Value {
-        Number(usize),
-        Text(String),
-    }
-    match Option::<Value>::deserialize(d)? {
+    use serde::de::Error;
+    match Option::<serde_json::Value>::deserialize(d)? {
         None => Ok(None),
-        Some(Value::Number(n)) => Ok(Some(ChunkSizes { first: Some(n), changes: vec![] })),
-        Some(Value::Text(s)) => chunk_sizes(&s).map(Some).map_err(serde::de::Error::custom),
+        Some(value) => {
+            let text = value.as_str().map_or_else(|| value.to_string(), str::to_string);
+            chunk_sizes(&text).map(Some).map_err(D::Error::custom)
+        }
+    }
+}
+
+/// A token by its text in the tokenizer or, where that has none such, by its id; in JSON a number is an id.
+#[derive(Clone, Deserialize)]
+#[serde(untagged, expecting = "a stop token is an id, or a token of the tokenizer")]
+enum StopToken {
+    Id(i64),
+    Text(String),
+}
+
+impl From<String> for StopToken {
+    fn from(text: String) -> Self {
+        Self::Text(text)
     }
 }
 
 impl Settings {
     /// This prompt's settings where it has them, else those of the flags.
     fn over(self, flags: &Self) -> Self {
-        let list = |mine: Vec<String>, theirs: &[String]| if mine.is_empty() { theirs.to_vec() } else { mine };
+        fn list<T: Clone>(mine: Vec<T>, theirs: &[T]) -> Vec<T> {
+            if mine.is_empty() { theirs.to_vec() } else { mine }
+        }
         Self {
             prompt: self.prompt,
             max_new_tokens: self.max_new_tokens.or(flags.max_new_tokens),
@@ -166,7 +179,11 @@ impl Settings {
         if room == 0 {
             return Err(Error::Length { len: prompt.len(), block_size: c.block_size });
         }
-        let stop = |t: &String| {
+        let stop = |t: &StopToken| {
+            let t = match t {
+                StopToken::Id(id) => return Ok(*id),
+                StopToken::Text(t) => t,
+            };
             let id = tokenizer.token_id(t).or_else(|| t.parse().ok());
             id.ok_or_else(|| Error::Usage(format!("unknown stop token '{t}': give an id, or a token of the tokenizer")))
         };
@@ -293,6 +310,10 @@ impl Generate {
         }
         if self.prompts.is_none() {
             self.show("\n")?;
+        }
+        if self.json {
+            print::note(&serde_json::to_string(&statistics).unwrap_or_default());
+            return Ok(());
         }
         let new: usize = outputs.iter().map(|o| o.tokens.len()).sum();
         let prompt: usize = requests.iter().map(|r| r.prompt.len()).sum();

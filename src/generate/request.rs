@@ -122,7 +122,7 @@ impl Request {
             None => Ok(()),
         };
         ids("the prompt's id", &self.prompt, c.vocab_rows())?;
-        ids("stop token", &self.stop_tokens, c.vocab_rows())?;
+        ids("stop token", &self.stop_tokens, limit.min(c.vocab_rows()))?;
         if limit == 0 {
             return Err(Error::Usage("a vocabulary limit of 0 leaves no token to choose".into()));
         }

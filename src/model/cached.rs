@@ -19,6 +19,9 @@ use std::ops::Range;
 /// Tokens that are read at once: bounds what their activations take.
 const TOKENS_AT_ONCE: usize = 1 << 15;
 
+/// Tokens whose chunks are compressed at once while decoding, for the same reason.
+const COMPRESSED_AT_ONCE: usize = 1 << 11;
+
 /// A text to be read from its beginning.
 #[derive(Clone, Copy, Debug)]
 pub struct Prompt<'a> {
@@ -198,15 +201,17 @@ impl Cat {
             parts.push(ops::embedding(&Tensor::ids(&open, &[1, open.len()])?, &self.wte)?);
         }
         for (&chunk, group) in &filled.groups {
-            let ids: Vec<i64> = group.iter().flat_map(|&i| texts[i].pending.iter().copied().chain([next[i].1])).collect();
-            let numbers: Vec<usize> = group.iter().map(|&i| texts[i].tokens / chunk).collect();
-            let ids = Tensor::ids(&ids, &[group.len(), chunk])?;
             let projection = match projections.entry(chunk) {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(new) => new.insert(chunks.f.projection(chunk)?),
             };
-            let fx = chunks.f.forward_chunks(&ids, &numbers, chunk, c.table_row(chunk), projection)?;
-            parts.push(reshape(&fx, &[1, group.len(), c.decoder.dim])?);
+            for group in group.chunks((COMPRESSED_AT_ONCE / chunk).max(1)) {
+                let ids = group.iter().flat_map(|&i| texts[i].pending.iter().copied().chain([next[i].1]));
+                let ids = Tensor::ids(&ids.collect::<Vec<i64>>(), &[group.len(), chunk])?;
+                let numbers: Vec<usize> = group.iter().map(|&i| texts[i].tokens / chunk).collect();
+                let fx = chunks.f.forward_chunks(&ids, &numbers, chunk, c.table_row(chunk), projection)?;
+                parts.push(reshape(&fx, &[1, group.len(), c.decoder.dim])?);
+            }
         }
         let separator = if filled.groups.is_empty() { None } else { self.separator_rows(1)? };
         let has_separator = separator.is_some();
