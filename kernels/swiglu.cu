@@ -1,11 +1,12 @@
 // SwiGLU's gate, elementwise over rows of `width` elements.
 //
 // forward:  y = silu(gate) up, silu(g) = g s, s = sigmoid(g) = 1 / (1 + e^-g).
-// backward: s again from the gate; dgate = dy up s (1 + g (1 - s)), dup = dy g s.
+// backward: s again from the gate; dgate = dy up s (1 + g (1 - s)), dup = dy g s; and y again, unless `y` is null.
 //
 // gate, up, dy: rows of any stride, dense inside (halves of one projection too). y, dgate, dup: [rows, width] contiguous,
-// overwritten; dgate may lie where gate does, and dup where up does. Saved for backward: gate and up. A thread moves 16 bytes
-// of each; tensors that lie in one piece come as one long row. Bytes that must move, for elements of s bytes: forward 3 s, backward 5 s each.
+// overwritten; dgate may lie where gate does, dup where up does, and backward's y where dy does. Saved for backward: gate and
+// up. A thread moves 16 bytes of each; tensors that lie in one piece come as one long row. Bytes that must move, for elements
+// of s bytes: forward 3 s, backward 5 s each, or 6 s with y.
 //
 // Where T has 16 bits, e^x and 1/x are the chip's approximations (2^-22), far below T's rounding; the f32 module keeps the
 // exact ones.
@@ -50,8 +51,8 @@ KERNEL __launch_bounds__(256) swiglu(T *__restrict__ y, const T *__restrict__ ga
   store_words(y + row * width, column, width, packed<T>(out));
 }
 
-KERNEL __launch_bounds__(256) swiglu_backward(T *dgate, T *dup, const T *gate, const T *up, const T *dy, View gv, View uv,
-                                              View dyv, i64 rows, i64 width, i64 parts) {
+KERNEL __launch_bounds__(256) swiglu_backward(T *dgate, T *dup, T *y, const T *gate, const T *up, const T *dy, View gv,
+                                              View uv, View dyv, i64 rows, i64 width, i64 parts) {
   const i64 i = thread_index();
   if (i >= rows * parts) return;
   i64 row, column;
@@ -60,13 +61,15 @@ KERNEL __launch_bounds__(256) swiglu_backward(T *dgate, T *dup, const T *gate, c
   const Words uw = load_words(up + offset_of(uv, row), column, width);
   const Words dw = load_words(dy + offset_of(dyv, row), column, width);
   const F g = unpacked<T>(gw), u = unpacked<T>(uw), d = unpacked<T>(dw);
-  F to_gate, to_up;
+  F to_gate, to_up, out;
 #pragma unroll
   for (int j = 0; j < N; j++) {
     const float s = gate_sigmoid(g.x[j]);
+    out.x[j] = g.x[j] * s * u.x[j];
     to_up.x[j] = d.x[j] * g.x[j] * s;
     to_gate.x[j] = d.x[j] * u.x[j] * s * fmaf(g.x[j], 1.0f - s, 1.0f);
   }
   store_words(dgate + row * width, column, width, packed<T>(to_gate));
   store_words(dup + row * width, column, width, packed<T>(to_up));
+  if (y) store_words(y + row * width, column, width, packed<T>(out));
 }

@@ -59,8 +59,8 @@ impl Place {
         // the projection, attention's output, gate and up, the residual stream after attention and after the feed-forward; in
         // f32 the log-sum-exp of attention's rows, 1/rms of query and key heads, and of both norms
         let needed = s * (3 * D + D + 2 * M + 2 * D) + 4 * (H + 2 * H + 2);
-        // normed rows twice, turned queries and keys, the gated product
-        let cheap = s * (2 * D + 2 * D + M);
+        // normed rows twice, turned queries and keys; the gated product is never saved
+        let cheap = s * (2 * D + 2 * D);
         assert_eq!(self.of_a_layer(ops::tape, false), needed);
         assert_eq!(self.of_a_layer(|| ops::tape().saving_all(), false), needed + cheap);
         // blocks computed again keep their inputs: the residual stream and its normed rows

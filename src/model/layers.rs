@@ -151,8 +151,7 @@ impl FeedForward {
     }
     fn forward(&self, x: &Var) -> Result<Var> {
         let [gate, up] = ops::linear_pair(x, [&self.fc_1, &self.fc_2])?;
-        let hidden = ops::swiglu(&gate, &up)?;
-        ops::linear(&hidden, &self.proj, None)
+        ops::swiglu_linear(&gate, &up, &self.proj)
     }
 }
 

@@ -69,7 +69,7 @@ pub use rope::{RopeTable, rope};
 pub use sample::{Draw, LogProbs, Sampling, log_probs, sample};
 pub use shape::{contiguous, expand, narrow, permute, reshape, split, transpose};
 pub use softmax::{log_softmax, softmax};
-pub use swiglu::swiglu;
+pub use swiglu::{swiglu, swiglu_linear};
 pub use write_rows::{write_row_pairs, write_rows};
 
 use crate::autograd::Tape;

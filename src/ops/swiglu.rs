@@ -3,7 +3,8 @@
 //! Backward, with `s = sigmoid(gate)` computed again: `dgate = dy up s (1 + gate (1 - s))`, `dup = dy gate s`.
 
 use super::elementwise::same_dtype;
-use crate::autograd::{Var, compute_again, record_one};
+use super::matmul::gemm;
+use crate::autograd::{Var, compute_again, is_recording, record_one};
 use crate::{Error, Result, profile};
 
 /// `silu(gate) * up`, elementwise: gate, up and y of one shape, rows of any stride (halves of a joint projection).
@@ -22,7 +23,7 @@ pub fn swiglu(gate: &Var, up: &Var) -> Result<Var> {
     let (g_again, u_again) = (g.clone(), u.clone());
     let mut y = record_one("swiglu", &[gate, up], y, move |flow| {
         let dy = flow.output()?;
-        let (dgate, dup) = on_device!(dy.device(), swiglu::backward(g, u, &dy))?;
+        let (dgate, dup, _) = on_device!(dy.device(), swiglu::backward(g, u, dy, false))?;
         profile::moved(5 * bytes);
         flow.give(0, dgate)?;
         flow.give(1, dup)
@@ -33,4 +34,43 @@ pub fn swiglu(gate: &Var, up: &Var) -> Result<Var> {
         Ok(vec![y])
     });
     Ok(y)
+}
+
+/// `swiglu(gate, up) W^T`: gate and up `[.., I]`, rows of any stride, weight `[O, I]`, y `[.., O]`; the end of a feed-forward
+/// layer.
+///
+/// As [`swiglu`] and then [`linear`](super::linear), but the gated product is not saved: backward makes it in the pass that
+/// makes the gradients of gate and up, after `dy W` and before `dW`.
+pub fn swiglu_linear(gate: &Var, up: &Var, weight: &Var) -> Result<Var> {
+    const OP: &str = "swiglu_linear";
+    let (g, u, w) = (gate.value(), up.value(), weight.value());
+    if !is_recording() || !(gate.has_gradient() && up.has_gradient() && weight.has_gradient()) {
+        return super::linear(&swiglu(gate, up)?, weight, None);
+    }
+    same_dtype(OP, &[g, u, w])?;
+    if g.shape() != u.shape() || g.rank() == 0 || w.rank() != 2 || w.dim(1) != g.last_dim() {
+        let detail = format!("gate {:?}, up {:?} and weight {:?} [out, in]", g.shape(), u.shape(), w.shape());
+        return Err(Error::shape(OP, detail));
+    }
+    let hidden = on_device!(g.device(), swiglu::forward(g, u))?;
+    let bytes = g.numel() * g.dtype().size();
+    profile::moved(3 * bytes);
+    let (i, o, mut shape) = (w.dim(1), w.dim(0), g.shape().to_vec());
+    let rows = shape[..shape.len() - 1].iter().product();
+    shape[g.rank() - 1] = o;
+    let y = gemm(&hidden.reshape(&[rows, i])?, &w.transpose(0, 1)?, None, w.dtype())?.reshape(&shape)?;
+    drop(hidden);
+    let (g, u, w, inner) = (g.clone(), u.clone(), w.clone(), g.shape().to_vec());
+    Ok(record_one(OP, &[gate, up, weight], y, move |flow| {
+        let dy = flow.output()?.reshape(&[rows, o])?;
+        let dh = gemm(&dy, &w, None, w.dtype())?.reshape(&inner)?;
+        let (dgate, dup, hidden) = on_device!(dh.device(), swiglu::backward(g, u, dh, true))?;
+        profile::moved(6 * bytes);
+        flow.give(0, dgate)?;
+        flow.give(1, dup)?;
+        let (Some(dtype), Some(hidden)) = (flow.gradient_dtype(2), hidden) else { return Ok(()) };
+        let sum = flow.take_sum(2);
+        flow.put(2, gemm(&dy.transpose(0, 1)?, &hidden.reshape(&[rows, i])?, sum, dtype)?);
+        Ok(())
+    }))
 }

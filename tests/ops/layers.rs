@@ -134,6 +134,16 @@ table! {
             Array { shape: x[0].shape.clone(), data: y.collect() }
         })
     };
+    swiglu_linear, large [3, 43, 70, 65], |d| {
+        let [a, b, i, o] = d.dims;
+        let inputs = vec![d.input(&[a, b, i], -6.0, 6.0), d.input(&[a, b, i], -2.0, 2.0), d.input(&[o, i], -1.0, 1.0)];
+        let formula = |x: &[Array]| {
+            let gated = x[0].data.iter().zip(&x[1].data).map(|(&g, &u)| (g * g.sigmoid() * u).stored());
+            let gated = Array { shape: x[0].shape.clone(), data: gated.collect() };
+            gated.map_rows(|row| x[2].rows().map(|w| row.iter().zip(w).map(|(&a, &b)| a * b).sum()).collect())
+        };
+        Case::one(inputs, |v| ops::swiglu_linear(&v[0], &v[1], &v[2]), formula).sums_as_stored()
+    };
     embedding, large [67, 131, 9, 40], |d| {
         let [v, width, a, b] = d.dims;
         let index = d.indices(a * b, v);

@@ -3,7 +3,7 @@
 use super::packs::{pack, variant};
 use crate::Result;
 use crate::cuda::{Grid, kernels::swiglu as kernel};
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, read_or_null};
 
 const OP: &str = "swiglu";
 
@@ -38,17 +38,22 @@ pub(crate) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok(y)
 }
 
-/// `(dgate, dup)`: in the place of gate and up where nobody else has these.
-pub(crate) fn backward(gate: Tensor, up: Tensor, dy: &Tensor) -> Result<(Tensor, Tensor)> {
-    let in_place = gate.is_owner() && up.is_owner();
-    let place = |t: &Tensor| if in_place { Ok(t.clone()) } else { Tensor::empty(t.shape(), t.dtype(), t.device()) };
-    let (dgate, dup) = (place(&gate)?, place(&up)?);
-    let [g, u, dy] = flat([&gate, &up, dy])?;
+/// `(dgate, dup)` in the place of gate and up where nobody else has these, and if asked for, y in that of dy.
+pub(crate) fn backward(gate: Tensor, up: Tensor, dy: Tensor, again: bool) -> Result<(Tensor, Tensor, Option<Tensor>)> {
+    let place = |t: &Tensor, in_place| match in_place {
+        true => Ok(t.clone()),
+        false => Tensor::empty(t.shape(), t.dtype(), t.device()),
+    };
+    let both = gate.is_owner() && up.is_owner();
+    let (dgate, dup) = (place(&gate, both)?, place(&up, both)?);
+    let y = if again { Some(place(&dy, dy.is_owner() && dy.is_contiguous())?) } else { None };
+    let [g, u, dy] = flat([&gate, &up, &dy])?;
     let (rows, width, parts, grid) = sizes(&g);
     let variant = variant(OP, &[&g, &u, &dy])?;
     let args = [
         dgate.read()?,
         dup.read()?,
+        read_or_null(y.as_ref())?,
         g.read()?,
         u.read()?,
         dy.read()?,
@@ -59,9 +64,9 @@ pub(crate) fn backward(gate: Tensor, up: Tensor, dy: &Tensor) -> Result<(Tensor,
         width.into(),
         parts.into(),
     ];
-    // SAFETY: the parameters are (dgate, dup, gate, up, dy, rows of gate, of up, of dy, rows, width, parts of a row); dgate
-    // and dup hold rows x width elements, and are new, or gate and up of whom nobody else knows: a thread has read what it
-    // writes over; the views' rows lie inside their tensors.
+    // SAFETY: the parameters are (dgate, dup, y or null, gate, up, dy, rows of gate, of up, of dy, rows, width, parts of a row);
+    // dgate, dup and y hold rows x width elements, and are new, or gate, up and dy of whom nobody else knows: a thread has read
+    // what it writes over; the views' rows lie inside their tensors.
     unsafe { g.gpu()?.launch(kernel::swiglu_backward, variant, grid, &args)? };
-    Ok((dgate, dup))
+    Ok((dgate, dup, y))
 }
