@@ -7,7 +7,7 @@ mod naive_attention;
 
 use felid::autograd::{GradCheck, Var, check_gradients, no_grad};
 use felid::ops::{self, Mask, attention};
-use felid::tensor::{Real, Tensor};
+use felid::tensor::Tensor;
 use half::{bf16, f16};
 use naive_attention::*;
 use proptest::prelude::*;

@@ -44,7 +44,8 @@ pub fn swiglu(gate: &Var, up: &Var) -> Result<Var> {
 pub fn swiglu_linear(gate: &Var, up: &Var, weight: &Var) -> Result<Var> {
     const OP: &str = "swiglu_linear";
     let (g, u, w) = (gate.value(), up.value(), weight.value());
-    if !is_recording() || !(gate.has_gradient() && up.has_gradient() && weight.has_gradient()) {
+    let all = is_recording() && [gate, up, weight].iter().all(|v| v.has_gradient());
+    if !all {
         return super::linear(&swiglu(gate, up)?, weight, None);
     }
     same_dtype(OP, &[g, u, w])?;
