@@ -193,4 +193,20 @@ DEVICE i64 offset_of(const View &v, i64 i) {
 DEVICE i64 thread_index() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
 DEVICE i64 thread_count() { return (i64)gridDim.x * blockDim.x; }
 
+// ---- kernels that overlap (`Grid::early` in src/cuda/launch.rs); nothing where launches do not ask for it ----
+
+// From here on the next kernel's blocks may begin, where this one's leave room.
+DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Before this returns, nothing that an earlier kernel writes may be read, and nothing written. Every block has to come here, or
+// a later kernel would begin before earlier ones are done.
+DEVICE void await_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 DEVICE float infinity() { return __int_as_float(0x7f800000); }

@@ -120,3 +120,11 @@ DEVICE float e_to(float x) {
   if constexpr (Same<T, float>::value) return expf(x);
   else return __expf(x);
 }
+
+// 1 / (1 + e^-x): where T has 16 bits, e^x and 1/x are the chip's approximations (2^-22), far below T's rounding.
+DEVICE float sigmoid(float x) {
+  if constexpr (Same<T, float>::value) return 1.0f / (1.0f + expf(-x));
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + __expf(-x)));
+  return y;
+}

@@ -7,20 +7,10 @@
 // overwritten; dgate may lie where gate does, dup where up does, and backward's y where dy does. Saved for backward: gate and
 // up. A thread moves 16 bytes of each; tensors that lie in one piece come as one long row. Bytes that must move, for elements
 // of s bytes: forward 3 s, backward 5 s each, or 6 s with y.
-//
-// Where T has 16 bits, e^x and 1/x are the chip's approximations (2^-22), far below T's rounding; the f32 module keeps the
-// exact ones.
-#include "common.cuh"
+#include "rows.cuh"
 
 constexpr int N = 16 / sizeof(T);
 typedef Floats<T> F;
-
-DEVICE float gate_sigmoid(float g) {
-  if constexpr (sizeof(T) == 4) return 1.0f / (1.0f + expf(-g));
-  float s;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + __expf(-g)));
-  return s;
-}
 
 // Where 16 bytes number i lie: their row and column.
 DEVICE void place(i64 i, i64 rows, i64 parts, i64 &row, i64 &column) {
@@ -47,7 +37,7 @@ KERNEL __launch_bounds__(256) swiglu(T *__restrict__ y, const T *__restrict__ ga
   const F u = unpacked<T>(load_words(up + offset_of(uv, row), column, width));
   F out;
 #pragma unroll
-  for (int j = 0; j < N; j++) out.x[j] = g.x[j] * gate_sigmoid(g.x[j]) * u.x[j];
+  for (int j = 0; j < N; j++) out.x[j] = g.x[j] * sigmoid(g.x[j]) * u.x[j];
   store_words(y + row * width, column, width, packed<T>(out));
 }
 
@@ -64,7 +54,7 @@ KERNEL __launch_bounds__(256) swiglu_backward(T *dgate, T *dup, T *y, const T *g
   F to_gate, to_up, out;
 #pragma unroll
   for (int j = 0; j < N; j++) {
-    const float s = gate_sigmoid(g.x[j]);
+    const float s = sigmoid(g.x[j]);
     out.x[j] = g.x[j] * s * u.x[j];
     to_up.x[j] = d.x[j] * g.x[j] * s;
     to_gate.x[j] = d.x[j] * u.x[j] * s * fmaf(g.x[j], 1.0f - s, 1.0f);

@@ -72,6 +72,8 @@ kernels! {
     copy: ["float" "bf16" "f16" "i64"] [] => copy_strided, copy_packed, copy_transposed;
     elementwise: ["float" "bf16" "f16"] [] => binary, binary_packed, unary, unary_packed, add_to_same, add_to_float,
         add_to_same_packed, add_to_float_packed;
+    few_rows: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => few_rows_1, few_rows_2, few_rows_4, few_rows_8,
+        few_rows_gated_1, few_rows_gated_2, few_rows_gated_4, few_rows_gated_8;
     gather: ["float" "bf16" "f16" "i64"] [] => gather, gather_packed;
     interpolate: ["float" "bf16" "f16"] [] => interpolate_last, interpolate, interpolate_packed;
     max: ["float" "bf16" "f16"] [] => max_forward, max_backward;

@@ -30,8 +30,8 @@ impl Grid {
     pub fn shared(self, bytes: usize) -> Self {
         Self { shared: bytes, ..self }
     }
-    pub fn early(self) -> Self {
-        Self { early: true, ..self }
+    pub fn early(self, early: bool) -> Self {
+        Self { early, ..self }
     }
 }
 

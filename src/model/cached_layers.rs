@@ -1,5 +1,7 @@
 //! The blocks of `layers`, for new rows that a cache takes in: inference, a norm, gate or residual add being part of the linear
 //! map beside it.
+//!
+//! Rows begin as gathered embeddings: whatever changed weights was submitted before that, so they are settled for all blocks.
 
 use super::kv_cache::{CachedPass, KvCache, LayerCache};
 use super::layers::{Attention, Block, Mixer, Norm, Pass, Stack, kept};
@@ -12,7 +14,7 @@ use crate::{Error, Result};
 impl Norm {
     /// The linear map of this norm's output.
     pub(super) fn then<'a>(&'a self, weight: &'a Param) -> FusedLinear<'a> {
-        FusedLinear::new(weight.value()).after_norm(self.weight.value(), self.eps)
+        FusedLinear::new(weight.value()).after_norm(self.weight.value(), self.eps).settled()
     }
 }
 
@@ -28,7 +30,7 @@ impl Attention {
         mask: Option<Mask>,
         (cache, rows, kept): (&mut KvCache, &CacheRows, Option<&[usize]>),
     ) -> Result<Tensor> {
-        let map = norm.map_or(FusedLinear::new(self.wqkv.value()), |n| n.then(&self.wqkv));
+        let map = norm.map_or(FusedLinear::new(self.wqkv.value()).settled(), |n| n.then(&self.wqkv));
         let joint = fused_linear(x, map.bias(self.wqkv_bias.as_ref().map(|b| b.value())))?;
         let (heads, norms) = ((self.shape.heads, self.shape.kv_heads), self.norms());
         let Some(mask) = mask else { return cache.step(&joint, heads, norms, rope, rows, self.scale()) };
@@ -44,7 +46,7 @@ impl Attention {
     }
     /// The output projection.
     pub(super) fn out(&self) -> FusedLinear<'_> {
-        FusedLinear::new(self.wo.value())
+        FusedLinear::new(self.wo.value()).settled()
     }
 }
 
@@ -99,6 +101,6 @@ impl Block {
         };
         let f = &self.feed_forward;
         let gated = fused_linear(&h, self.ffn_norm.then(&f.fc_1).gate_of(f.fc_2.value()))?;
-        fused_linear(&gated, FusedLinear::new(f.proj.value()).onto(h))
+        fused_linear(&gated, FusedLinear::new(f.proj.value()).settled().onto(h))
     }
 }

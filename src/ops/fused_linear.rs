@@ -7,7 +7,7 @@ use super::elementwise::{same_device, same_dtype};
 use super::matmul::gemm;
 use super::{add, linear, linear_pair, rms_norm, swiglu};
 use crate::autograd::{Var, no_grad};
-use crate::tensor::{Device, Tensor};
+use crate::tensor::Tensor;
 use crate::{Error, Result};
 
 const OP: &str = "fused_linear";
@@ -25,12 +25,15 @@ pub struct FusedLinear<'a> {
     pub bias: Option<&'a Tensor>,
     /// `[.., O]`, contiguous; the result takes its memory where nobody else holds it.
     pub residual: Option<Tensor>,
+    /// The weights have been there since before the kernel submitted last: a CUDA kernel may begin to read them while that one is
+    /// under way.
+    pub(crate) settled: bool,
 }
 
 impl<'a> FusedLinear<'a> {
     /// `x W^T` so far.
     pub fn new(weight: &'a Tensor) -> Self {
-        Self { norm: None, weight, up: None, bias: None, residual: None }
+        Self { norm: None, weight, up: None, bias: None, residual: None, settled: false }
     }
     /// With RMSNorm before it.
     pub fn after_norm(self, weight: &'a Tensor, eps: f64) -> Self {
@@ -47,6 +50,9 @@ impl<'a> FusedLinear<'a> {
     /// Added to what is there.
     pub fn onto(self, residual: Tensor) -> Self {
         Self { residual: Some(residual), ..self }
+    }
+    pub(crate) fn settled(self) -> Self {
+        Self { settled: true, ..self }
     }
 
     /// The shape of the result.
@@ -92,17 +98,24 @@ pub fn fused_linear(x: &Tensor, map: FusedLinear) -> Result<Tensor> {
     let shape = map.check(x)?;
     let rows = shape[..shape.len() - 1].iter().product();
     let x = x.reshape(&[rows, map.weight.dim(1)])?;
-    let FusedLinear { norm, weight, up, bias, residual } = map;
+    let FusedLinear { norm, weight, up, bias, residual, settled } = map;
     let residual = residual.map(|r| r.reshape(&[rows, weight.dim(0)])).transpose()?;
-    let y = match x.device() {
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) => {
+    #[cfg(feature = "cuda")]
+    let few = match x.device() {
+        crate::tensor::Device::Cuda(_) => {
             let _op = crate::profile::enter("few_rows :: product");
-            super::cuda::few_rows::product(&x, norm, weight, up, bias, residual.as_ref())?
+            super::cuda::few_rows::product(&x, norm, (weight, up), bias, residual.as_ref(), settled)?
         }
-        _ => None,
+        crate::tensor::Device::Cpu => None,
     };
-    if let Some(y) = y {
+    #[cfg(not(feature = "cuda"))]
+    let few: Option<Tensor> = {
+        let _ = settled;
+        None
+    };
+    if let Some(y) = few {
+        let weights = weight.numel() * if up.is_some() { 2 } else { 1 };
+        crate::profile::moved((weights + x.numel() + y.numel()) * y.dtype().size());
         return y.reshape(&shape);
     }
     no_grad(|| {
