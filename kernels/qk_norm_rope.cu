@@ -15,8 +15,8 @@
 // run some heads ahead of the arithmetic. Forward, a warp takes the query heads of a row or its key heads (even blocks have
 // queries, odd ones keys, of the same rows), and reads its angles once. Backward, warps walk over rows and take all heads of
 // each; a lane's columns of dw, of queries and of keys, are summed over a row in registers and over rows in shared memory,
-// and each block writes two rows of `partial` [2 blocks, d]: those of queries first, then all those of keys, which are summed
-// in their order. *_single have a warp for a head, or a row, and take elements one by one, for any d, n and alignment; there
+// and each block writes two rows of `partial` [2 blocks, d], which are summed in their order: all those of queries come
+// first, then those of keys. *_single have a warp for a head, or a row, and take elements one by one, for any d, n and alignment; there
 // each warp has two rows of `partial`.
 //
 // Bytes that must move, for elements of s bytes, a row: forward 2 s (H + Hkv) d (and 4 (H + Hkv) for rstd); backward
@@ -135,7 +135,7 @@ DEVICE void forward_heads(T *y, float *rstd, const T *x, const T *wq, const T *w
   const Lane l = lane_of<LANES>(s, shift);
   const Quotient at = divide(row, s.length);
   const i64 skipped = keys ? s.heads : 0, first = row * (s.heads + s.kv_heads) + skipped;
-  const int step = l.groups * d, mine = lives && l.column < d ? count : 0; // lanes that have none keep zeros and store nothing
+  const int step = l.groups * d, mine = lives && l.column < d ? count : 0; // lanes of none keep zeros and store nothing
   x += at.q * xs.b + at.r * xs.l + (skipped + l.group) * d + l.column;
   y += (first + l.group) * d + l.column;
   const i64 angles = index[at.r] * n;
