@@ -16,8 +16,8 @@
 // queries, odd ones keys, of the same rows), and reads its angles once. Backward, warps walk over rows and take all heads of
 // each; a lane's columns of dw, of queries and of keys, are summed over a row in registers and over rows in shared memory,
 // and each block writes two rows of `partial` [2 blocks, d], which are summed in their order: all those of queries come
-// first, then those of keys. *_single have a warp for a head, or a row, and take elements one by one, for any d, n and alignment; there
-// each warp has two rows of `partial`.
+// first, then those of keys. *_single have a warp for a head, or a row, and take elements one by one, for any d, n and
+// alignment; there each warp has two rows of `partial`.
 //
 // Bytes that must move, for elements of s bytes, a row: forward 2 s (H + Hkv) d (and 4 (H + Hkv) for rstd); backward
 // s (3 H + 5 Hkv) d (and 4 (H + Hkv)), or 2 s (H + 2 Hkv) d without norms. The table stays in cache. Next to that bound is
