@@ -9,9 +9,9 @@ use crate::tensor::{DType, Tensor};
 
 const OP: &str = "cross_entropy";
 
-/// A block for each row: two warps at least, sixteen at most.
-fn grid(rows: usize, packs: usize) -> Grid {
-    Grid::new(rows, packs.next_power_of_two().clamp(64, 512))
+/// A block for each row: two warps at least, and at most this many threads.
+fn grid(rows: usize, packs: usize, most: usize) -> Grid {
+    Grid::new(rows, packs.next_power_of_two().clamp(64, most))
 }
 
 /// The label of each row of `logits`, -1 where it does not count.
@@ -31,10 +31,11 @@ pub(crate) fn forward(logits: &Tensor, counted: &Counted) -> Result<(Tensor, Ten
     let labels = labels_of(&z, rows, counted)?;
     let mut lse = Tensor::empty(&[rows], DType::F32, z.device())?;
     let mut losses = Tensor::empty(&[rows], DType::F32, z.device())?;
+    let grid = grid(rows, width.div_ceil(pack(&z)), 256); // small blocks: one rests at its end while others load
     let args = [lse.write()?, losses.write()?, z.read()?, z.rows(OP)?.into(), labels.read()?, width.into()];
     // SAFETY: the parameters are (lse, losses, logits, their rows, labels, width); lse, losses and labels have an element
     // for each row, a block each; labels are below the width, or -1.
-    unsafe { z.gpu()?.launch(kernel::cross_entropy, variant(OP, &[&z])?, grid(rows, width.div_ceil(pack(&z))), &args)? };
+    unsafe { z.gpu()?.launch(kernel::cross_entropy, variant(OP, &[&z])?, grid, &args)? };
     Ok((mean(&losses, counted.len())?, lse))
 }
 
@@ -55,7 +56,7 @@ pub(crate) fn backward(logits: &Tensor, lse: &Tensor, counted: &Counted, dloss: 
         width.into(),
         (counted.len() as f32).into(),
     ];
-    let grid = grid(rows, width.div_ceil(pack(&z)));
+    let grid = grid(rows, width.div_ceil(pack(&z)), 512);
     // SAFETY: the parameters are (dz, logits, their rows, lse, labels, dloss, width, count); dz is new, of the logits' shape;
     // lse and labels have an element for each row, a block each; dloss has one.
     unsafe { z.gpu()?.launch(kernel::cross_entropy_backward, variant(OP, &[&z])?, grid, &args)? };
@@ -71,7 +72,7 @@ pub(super) fn in_place(logits: &mut Tensor, labels: u64, losses: u64, scale: Opt
     // a multiprocessor should hold two rows: one loads while the other computes
     let bytes = packs * 16;
     let staged = scale.is_some() && 2 * (bytes + 2048) <= gpu.shared_per_block as usize;
-    let grid = grid(rows, packs).shared(if staged { bytes } else { 0 });
+    let grid = grid(rows, packs, 512).shared(if staged { bytes } else { 0 });
     let want = scale.is_some().into();
     let args: [Arg; 7] = [to, losses.into(), labels.into(), width.into(), scale.unwrap_or(0.0).into(), want, staged.into()];
     // SAFETY: the parameters are (logits, losses, labels, width, scale, whether gradients are wanted, whether the row is

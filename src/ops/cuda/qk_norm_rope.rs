@@ -45,8 +45,8 @@ pub(crate) fn forward(
     let [index, angles] = table.on(x.device())?;
     let beside: Vec<&Tensor> = [x].into_iter().chain(weights.into_iter().flat_map(|w| [&w.q, &w.k])).collect();
     let (symbol, grid) = match (packed(&beside, d, table)?, weights) {
-        (true, Some(_)) => (kernel::qk_norm_rope, Grid::new((2 * rows).div_ceil(4), 128)),
-        (true, None) => (kernel::qk_rope, Grid::new((2 * rows).div_ceil(4), 128)),
+        (true, Some(_)) => (kernel::qk_norm_rope, Grid::new(2 * rows.div_ceil(4), 128)),
+        (true, None) => (kernel::qk_rope, Grid::new(2 * rows.div_ceil(4), 128)),
         (false, _) => (kernel::qk_norm_rope_single, Grid::new((rows * turned).div_ceil(8), 256)),
     };
     let (wq, wk) = (read_or_null(weights.map(|w| &w.q))?, read_or_null(weights.map(|w| &w.k))?);
@@ -74,18 +74,16 @@ pub(crate) fn backward(raw: Option<&Raw>, grads: [&Tensor; 3], table: &RopeTable
     let mut beside = grads.to_vec();
     beside.extend(raw.into_iter().flat_map(|r| [&r.x, &r.weights.q, &r.weights.k]));
     let packed = packed(&beside, d, table)?;
-    // blocks that a multiprocessor has registers for, and what moves of a query head, and of a key and a value head
-    let (symbol, resident, moved) = match (packed, raw) {
-        (true, Some(_)) => (kernel::qk_norm_rope_backward, 2, [3, 5]),
-        (true, None) => (kernel::qk_rope_backward, 3, [2, 4]),
-        (false, _) => (kernel::qk_norm_rope_backward_single, 2, [1, 1]),
+    // the kernel, and the blocks that a multiprocessor has registers for
+    let (symbol, resident) = match (packed, raw) {
+        (true, Some(_)) => (kernel::qk_norm_rope_backward, 2),
+        (true, None) => (kernel::qk_rope_backward, 3),
+        (false, _) => (kernel::qk_norm_rope_backward_single, 2),
     };
-    let [of_q, of_kv] = [moved[0] * heads.q, moved[1] * heads.kv];
-    let blocks = (gpu.multiprocessors as usize * resident).min(2 * rows.div_ceil(8)).max(2);
-    let q_blocks = (blocks * of_q / (of_q + of_kv)).clamp(1, blocks - 1);
-    // each block sums for one weight, or each warp for both
-    let [q_parts, parts] = if packed { [q_blocks, blocks] } else { [8 * blocks, 16 * blocks] };
-    let mut partial = raw.map(|_| Tensor::empty(&[parts, d], DType::F32, dq.device())).transpose()?;
+    let blocks = (gpu.multiprocessors as usize * resident).min(rows.div_ceil(8)).max(1);
+    // each block, or each of its warps, sums for both weights
+    let parts = if packed { blocks } else { 8 * blocks };
+    let mut partial = raw.map(|_| Tensor::empty(&[2 * parts, d], DType::F32, dq.device())).transpose()?;
     let [index, angles] = table.on(dq.device())?;
     let to_partial = partial.as_mut().map_or(Ok(0u64.into()), Tensor::write)?;
     let weights = raw.map(|r| &r.weights);
@@ -95,16 +93,16 @@ pub(crate) fn backward(raw: Option<&Raw>, grads: [&Tensor; 3], table: &RopeTable
     args.extend(raw.map_or([0usize.into(); 2], |r| strides::<2>(&r.x)));
     args.extend(grads.into_iter().flat_map(strides::<3>));
     args.extend([angles.read()?, index.read()?, rows.into(), table.len().into(), heads.q.into(), heads.kv.into()]);
-    args.extend::<[Arg; 4]>([d.into(), table.width().into(), q_blocks.into(), shift(d, dq).into()]);
+    args.extend::<[Arg; 3]>([d.into(), table.width().into(), shift(d, dq).into()]);
     // SAFETY: the parameters are (dx, partial or null, x or null, weights of q and k or null, rstd or null, dq, dk, dv, x's
-    // two strides, three of each gradient, table, index, rows, positions, H, Hkv, d, n, blocks of query heads, logarithm of
-    // the lanes of a head); dx is new and holds (H + 2 Hkv) d elements a row, as x's rows do; heads of the gradients are
-    // dense; partial has a row of d for each block, or two for each warp; index has an element for each position, naming a
-    // row of the table, which is n <= d wide.
+    // two strides, three of each gradient, table, index, rows, positions, H, Hkv, d, n, logarithm of the lanes of a head);
+    // dx is new and holds (H + 2 Hkv) d elements a row, as x's rows do; heads of the gradients are dense; partial has two
+    // rows of d for each block, or for each warp; index has an element for each position, naming a row of the table, which
+    // is n <= d wide.
     unsafe { gpu.launch(symbol, dq.variant()?, Grid::new(blocks, 256), &args)? };
     let sums = match partial {
         None => None,
-        Some(p) => Some([p.narrow(0, 0, q_parts)?, p.narrow(0, q_parts, parts - q_parts)?]),
+        Some(p) => Some([p.narrow(0, 0, parts)?, p.narrow(0, parts, parts)?]),
     };
     Ok((dx, sums))
 }
