@@ -1,138 +1,280 @@
-// Linear maps of a few rows, with the norm before and the gate or the residual add behind: the weights are read once, and
-// that is all the cost.
+// Products of a few rows, for which a weight matrix is read once: norm, product and what follows it in one launch.
 //
-//   n = x, or with g (the weight of RMSNorm) n = x g rstd, rstd = 1 / sqrt(mean(x^2) + eps)
-//   few_rows         y[r, c] = sum over k of n[r, k] w[c, k], + bias[c] + residual[r, c]
-//   few_rows_gated   y[r, c] = silu(sum of n[r, k] w[c, k]) (sum of n[r, k] up[c, k]), silu(a) = a / (1 + e^-a)
+//   n[r, k] = x[r, k], or with g:  x[r, k] rstd[r] g[k],  rstd[r] = 1 / sqrt(mean(x[r]^2) + eps), never rounded to T
+//   few_rows:        y[r, c] = sum_k n[r, k] w[c, k]  + bias[c] + residual[r, c]   (bias, residual: null where there is none)
+//   few_rows_gated:  y[r, c] = silu(sum_k n[r, k] w[c, k]) sum_k n[r, k] up[c, k],  silu as in swiglu.cu
 //
-// x [rows, K], w and up [C, K], residual and y [rows, C], each by a row stride, rows dense; g [K], bias [C]; g, bias and
-// residual may be null, and y may lie where the residual does. Sums are in f32, and y is rounded once: n is not rounded.
+// x [rows, k], w and up [columns, k], g [k], bias [columns], residual and y [rows, columns]: by the strides of their rows,
+// rows dense, k > 0. y is overwritten and may lie where residual does: an element is read by the thread that writes it. Sums
+// are in f32.
 //
-// A warp takes COLUMNS columns (or one of w and the same of up) for ROWS rows of x, of which the first `rows` are there: lane l
-// has elements N l, N l + 1, .. of every 32 N, 16 bytes at once, AHEAD loads of w on their way. rstd is a factor of the whole
-// sum, so the sum of squares is taken on the way. x comes from the first-level cache: every warp reads all of it. A sum's
-// order depends on K alone: a row's result is the same in every bit whatever rows are beside it.
+// Reading w (and up) once is all the cost, at the rate of memory, so a block is a stream of them: 8 loads of 16 bytes a thread
+// are on their way at once, the first of them before anything else is looked at, and before the kernel ahead of this one has
+// ended where the launch allows that. A block takes 8 columns at a time, its 8 warps lines of 128 bytes of them in turn: lane
+// 4 i + t word t or t + 4 of column i. That is how tensor cores take B of an m16n8k16, if both sides agree that the 8 elements
+// of a word are the numbers 2t, 2t + 1, 2t + 8, 2t + 9 of two products. A are the rows from shared memory: what T keeps of n
+// in rows 0 to 7, and what it loses in rows 8 to 15, so that products see n with twice T's bits, at one cost for 1 row or 8.
+// In f32 lanes multiply by themselves.
 //
-// Weights do not change while kernels run that are submitted one behind the other, so the first of them are asked for before
-// the kernel before this one is done (`await_kernel_before`).
+// A row's result depends on nothing but that row, in any bit: the order of its sums is fixed by k alone (lines in turn to 8
+// warps, each warp's from first to last, even and odd products apart, then warp 0 to 7), whatever R, the grid and alignment.
 //
-// Launch: 128 threads, a warp for each COLUMNS columns (gated: each column); *_1, _2, _4, _8 by ROWS. PACKED=1: rows of all
-// begin and end on 16 bytes.
+// Launch: (blocks, ceil(rows / share)) blocks of 256 threads; block i has columns 8 i .. 8 i + 7 and every 8 blocks further.
+// Shared memory: ((16-bit T with g ? 2 : 1) share + (g ? 1 : 0)) pitches of ceil(bytes of a row / 2048) 2048 + 64 bytes, an
+// odd multiple of 64 so that neighbouring rows lie in other banks. share <= 8: rows that a block has.
 #include "rows.cuh"
 
-constexpr int N = 16 / sizeof(T), WARPS = 4;
+constexpr int WARPS = 8, THREADS = 32 * WARPS;   // as in ops/cuda/few_rows.rs, with ROWS, COLUMNS and the pitch
+constexpr int ROWS = 8, COLUMNS = 8, LINE = 8;   // LINE: words in 128 bytes
+constexpr int PAD = 128;                         // words: rows in shared memory end with zeros, so that all steps are whole
+constexpr int LOADS = 8, TURNS = 2;              // of a thread at once; renewed in two turns
+constexpr int E = 16 / sizeof(T);
+constexpr bool SPLIT = sizeof(T) == 2;
 typedef Floats<T> F;
 
-// 64-bit fields only (`product` in src/ops/cuda/few_rows.rs).
+// 64-bit fields only (`product` in ops/cuda/few_rows.rs).
 struct Few {
-  i64 rows, k, cols, x_row, w_row, up_row, residual_row, y_row, eps_bits;
+  i64 rows, k, columns, share, x_row, w_row, up_row, residual_row, y_row, eps_bits;
 };
 
-// Weights are read by one warp and once: they need no place in the first-level cache.
-DEVICE Words load_weights(const T *row, i64 at, i64 k) {
-#if PACKED && defined(__CUDA_ARCH__)
-  Words v = {};
-  if (at < k)
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-        : "l"(row + at));
+// ---- loads and products ----
+
+// 16 bytes that nobody reads again, zeros where `in` is false. Volatile: a load that the compiler puts off is not on its way.
+DEVICE Words stream16(const void *p, bool in) {
+  Words v;
+  asm volatile(
+      "{\n.reg .pred in;\nsetp.ne.u32 in, %5, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
+      "@in ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p), "r"((u32)in));
   return v;
-#else
-  return load_words(row, at, k);
-#endif
+}
+// 16 bytes, zeros where `in` is false. Through L2 alone: L1 may remember what was there before the kernel ahead of this one
+// wrote.
+DEVICE void copy16(Words *to, const void *from, bool in) {
+  const u32 at = (u32)__cvta_generic_to_shared(to), bytes = in ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+}
+DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// c += a b, 16 by 16 by 8. Volatile, so that products stay before the loads that take their operands' place.
+#define MULTIPLY(TYPE)                                                                                       \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "                                \
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                             \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                              \
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+DEVICE void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  if constexpr (Same<T, bf16>::value) MULTIPLY("bf16");
+  else MULTIPLY("f16");
 }
 
-template <int ROWS, bool GATED>
-DEVICE void product(T *y, const T *x, const T *g, const T *w, const T *up, const T *bias, const T *residual, const Few &f) {
-  constexpr int COLUMNS = GATED || ROWS > 2 ? 2 : 1, AHEAD = 8 / COLUMNS, RUN = 32 * N;
-  const int lane = threadIdx.x & 31;
-  const i64 warp = (i64)blockIdx.x * WARPS + (threadIdx.x >> 5), first = GATED ? warp : warp * COLUMNS;
-  launch_dependents();
-  const i64 k = f.k, last = f.cols - 1;
-  const T *columns[COLUMNS];
+// ---- sums of 8 rows and 8 columns, some of them in each lane ----
+
+struct Sums { float even[4], odd[4]; };   // SPLIT: an m16n8 each. f32: rows 0 to 3, rows 4 to 7
+DEVICE void clear(Sums &s) {
 #pragma unroll
-  for (int c = 0; c < COLUMNS; c++) {
-    const i64 at = GATED ? first : first + c;
-    columns[c] = (GATED && c ? up : w) + (at < last ? at : last) * (GATED && c ? f.up_row : f.w_row);
+  for (int j = 0; j < 4; j++) s.even[j] = s.odd[j] = 0.0f;
+}
+// Of this warp, to where row r and column c have place 8 r + c.
+DEVICE void put(float *to, const Sums &s) {
+  const int lane = threadIdx.x & 31, i = lane >> 2, t = lane & 3;
+  if constexpr (SPLIT) {
+    to[COLUMNS * i + 2 * t] = (s.even[0] + s.odd[0]) + (s.even[2] + s.odd[2]);
+    to[COLUMNS * i + 2 * t + 1] = (s.even[1] + s.odd[1]) + (s.even[3] + s.odd[3]);
+  } else {
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const float low = lanes_sum(s.even[r], 4), high = lanes_sum(s.odd[r], 4);
+      if (r == t) to[COLUMNS * r + i] = low, to[COLUMNS * (r + 4) + i] = high;
+    }
   }
-  Words ahead[AHEAD][COLUMNS];
+}
+DEVICE float total(const float (&parts)[WARPS][ROWS * COLUMNS], int at) {
+  float sum = parts[0][at];
 #pragma unroll
-  for (int u = 0; u < AHEAD; u++)
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c++) ahead[u][c] = load_weights(columns[c], u * RUN + lane * N, k);
-  await_kernel_before();
-  if (first > last) return;
+  for (int w = 1; w < WARPS; w++) sum += parts[w][at];
+  return sum;
+}
 
-  // what this lane adds to in the end: row and column of its result
-  constexpr int OUT = GATED ? 1 : COLUMNS;
-  const int own = lane / OUT;
-  const i64 column = first + lane % OUT;
-  const bool writes = own < ROWS && own < f.rows && column <= last;
-  float start = 0.0f;
-  if (writes && bias) start = to_f32(bias[column]);
-  if (writes && residual) start += to_f32(residual[own * f.residual_row + column]);
+// ---- the rows in shared memory ----
 
-  const T *rows[ROWS];
+// Threads have the same words of every row throughout, so they read what they wrote themselves without a barrier.
+DEVICE void stage(Words *to, const T *row, int words, int k) {
+  for (int word = threadIdx.x; word < words; word += THREADS) {
+    if constexpr (PACKED) copy16(to + word, row + word * E, word * E < k);
+    else to[word] = load_words(row, word * E, k);
+  }
+}
+
+// x to n in place, and what T loses of it to `lost`.
+DEVICE void normalize(Words *x, Words *lost, const Words *g, int rows, int words, int pitch, int k, float eps) {
+  __shared__ float squares[WARPS][ROWS];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  float s[ROWS] = {};
+  for (int word = threadIdx.x; word < words; word += THREADS) {
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) rows[r] = x + (r < f.rows ? r : f.rows - 1) * f.x_row;
-  float sums[ROWS][COLUMNS] = {}, squares[ROWS] = {};
+    for (int r = 0; r < ROWS; r++) {
+      if (r >= rows) break;
+      const F v = unpacked<T>(x[r * pitch + word]);
+#pragma unroll
+      for (int j = 0; j < E; j++) s[r] = fmaf(v.x[j], v.x[j], s[r]);
+    }
+  }
+  // lanes 4 r .. 4 r + 3 come to hold row r: half of the rows stays, half goes to the other lane
+#pragma unroll
+  for (int half = ROWS / 2; half > 0; half /= 2) {
+    const bool high = lane & (4 * half);
+#pragma unroll
+    for (int r = 0; r < half; r++) {
+      const float stays = high ? s[r + half] : s[r], goes = high ? s[r] : s[r + half];
+      s[r] = stays + __shfl_xor_sync(0xffffffffu, goes, 4 * half);
+    }
+  }
+  const float mine = lanes_sum(s[0], 4);
+  if ((lane & 3) == 0) squares[warp][lane >> 2] = mine;
+  __syncthreads();
+  float sum = squares[0][lane >> 2];
+#pragma unroll
+  for (int w = 1; w < WARPS; w++) sum += squares[w][lane >> 2];
+  const float all = 1.0f / sqrtf(sum / k + eps);
 #pragma unroll 1
-  for (i64 from = 0; from < k; from += AHEAD * RUN) {
+  for (int r = 0; r < rows; r++) {
+    const float rstd = __shfl_sync(0xffffffffu, all, 4 * r);
+    for (int word = threadIdx.x; word < words; word += THREADS) {
+      F v = unpacked<T>(x[r * pitch + word]);
+      const F weight = unpacked<T>(g[word]);
 #pragma unroll
-    for (int u = 0; u < AHEAD; u++) {
-      const i64 at = from + u * RUN + lane * N;
-      F weights[COLUMNS], norm;
+      for (int j = 0; j < E; j++) v.x[j] = v.x[j] * rstd * weight.x[j];
+      const Words kept = packed<T>(v);
+      x[r * pitch + word] = kept;
+      if constexpr (SPLIT) {
+        const F some = unpacked<T>(kept);
 #pragma unroll
-      for (int c = 0; c < COLUMNS; c++) {
-        weights[c] = unpacked<T>(ahead[u][c]);
-        ahead[u][c] = load_weights(columns[c], at + AHEAD * RUN, k);
+        for (int j = 0; j < E; j++) v.x[j] -= some.x[j];
+        lost[r * pitch + word] = packed<T>(v);
       }
-      if (g) norm = unpacked<T>(load_words(g, at, k));
+    }
+  }
+}
+
+// ---- a block ----
+
+// N matrices whose columns go together.
+template <int N>
+DEVICE void product(T *y, const T *x, const T *g, const T *w, const T *up, const T *bias, const T *residual, const Few &f) {
+  constexpr int WORDS = LOADS / TURNS / N, STEP = WORDS / 2 * WARPS * LINE;   // of a column: a thread's, a block's in a step
+  extern __shared__ __align__(16) Words shared[];
+  __shared__ float parts[2][N][WARPS][ROWS * COLUMNS];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, i = lane >> 2, t = lane & 3;
+  const int k = (int)f.k, words = (k + E - 1) / E, steps = (words + STEP - 1) / STEP;
+  const int padded = (words + PAD - 1) / PAD * PAD, pitch = padded + LINE / 2;   // rows of x in shared memory
+  const int own = warp * LINE + t;                                                // the first word of this lane
+  const int columns = (int)f.columns, parcels = (columns + COLUMNS - 1) / COLUMNS;
+
+  launch_dependents();
+  const auto word_of = [](int u) { return u / 2 * (WARPS * LINE) + u % 2 * (LINE / 2); };
+  Words ring[TURNS][N][WORDS];
+  int ahead = blockIdx.x, ahead_step = 0;   // what is to be loaded next
+  const auto fill = [&](Words (&to)[N][WORDS]) {
+    const int first = own + ahead_step * STEP, end = ahead < parcels ? words : 0;
+    const i64 c = min(ahead * COLUMNS + i, columns - 1);   // past the last: read again, not written
 #pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        F n = unpacked<T>(load_words(rows[r], at, k));
-        if (g) {
+    for (int n = 0; n < N; n++) {
+      const T *row = n == 0 ? w + c * f.w_row : up + c * f.up_row;
 #pragma unroll
-          for (int j = 0; j < N; j++) {
-            squares[r] = fmaf(n.x[j], n.x[j], squares[r]);
-            n.x[j] = __fmul_rn(n.x[j], norm.x[j]);
+      for (int u = 0; u < WORDS; u++) {
+        const int word = first + word_of(u);
+        if constexpr (PACKED) to[n][u] = stream16(row + (i64)first * E + word_of(u) * E, word < end);
+        else to[n][u] = load_words(row, (i64)word * E, word < end ? k : 0);
+      }
+    }
+    if (++ahead_step == steps) ahead_step = 0, ahead += gridDim.x;
+  };
+#pragma unroll
+  for (int turn = 0; turn < TURNS; turn++) fill(ring[turn]);
+
+  const int share = (int)f.share, top = blockIdx.y * share, rows = min(share, (int)f.rows - top);
+  Words *const lost = shared + share * pitch, *const weights = lost + (SPLIT ? share * pitch : 0);
+  if (g) stage(weights, g, padded, k);
+  await_kernel_before();
+  for (int r = 0; r < rows; r++) stage(shared + r * pitch, x + (i64)(top + r) * f.x_row, padded, k);
+  if constexpr (PACKED) copies_wait();
+  if (g) normalize(shared, lost, weights, rows, padded, pitch, k, __uint_as_float((u32)f.eps_bits));
+  __syncthreads();
+
+  // Where SPLIT: a lane's row of A. What comes of rows past the last is not written, so they may be any.
+  const Words *const own_kept = shared + min(i, rows - 1) * pitch + own;
+  const int to_lost = share * pitch;
+  Sums sums[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) clear(sums[n]);
+  int parcel = blockIdx.x, step = 0, side = 0;
+#pragma unroll 1
+  for (;;) {
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+#pragma unroll
+      for (int u = 0; u < WORDS; u++) {
+        const int at = step * STEP + word_of(u);
+        if constexpr (SPLIT) {
+          const Words a = own_kept[at];
+          Words b = {};
+          if (g) b = own_kept[at + to_lost];
+#pragma unroll
+          for (int n = 0; n < N; n++) {
+            const Words &v = ring[turn][n][u];
+            multiply(sums[n].even, a.w[0], b.w[0], a.w[1], b.w[1], v.w[0], v.w[1]);
+            multiply(sums[n].odd, a.w[2], b.w[2], a.w[3], b.w[3], v.w[2], v.w[3]);
+          }
+        } else {
+          F v[N];
+#pragma unroll
+          for (int n = 0; n < N; n++) v[n] = unpacked<T>(ring[turn][n][u]);
+#pragma unroll
+          for (int q = 0; q < ROWS; q++) {
+            if (q >= rows) break;
+            const F a = unpacked<T>(shared[q * pitch + own + at]);
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+              float &sum = q < 4 ? sums[n].even[q % 4] : sums[n].odd[q % 4];
+#pragma unroll
+              for (int j = 0; j < E; j++) sum = fmaf(a.x[j], v[n].x[j], sum);
+            }
           }
         }
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++)
-#pragma unroll
-          for (int j = 0; j < N; j++) sums[r][c] = fmaf(n.x[j], weights[c].x[j], sums[r][c]);
       }
+      fill(ring[turn]);
+      if (++step < steps) continue;
+      const int r = threadIdx.x / COLUMNS, c = parcel * COLUMNS + threadIdx.x % COLUMNS;
+      const bool ends = r < rows && c < columns;
+      T before = {};   // fetched while warps wait for one another
+      if (N == 1 && ends && residual) before = residual[(top + r) * f.residual_row + c];
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        put(parts[side][n][warp], sums[n]);
+        clear(sums[n]);
+      }
+      __syncthreads();
+      if (ends) {
+        float sum = total(parts[side][0], threadIdx.x);
+        if constexpr (N == 1) {
+          if (bias) sum += to_f32(bias[c]);
+          if (residual) sum += to_f32(before);
+        } else {
+          sum = sum * sigmoid(sum) * total(parts[side][1], threadIdx.x);
+        }
+        y[(top + r) * f.y_row + c] = from_f32<T>(sum);
+      }
+      parcel += gridDim.x, step = 0;
+      if (parcel >= parcels) return;
+      side ^= 1;   // nobody is more than one barrier ahead, so these are read before they are written again
     }
   }
-
-  float mine = 0.0f, gated = 0.0f;
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    const float rstd = g ? 1.0f / sqrtf(warp_sum(squares[r]) / (float)k + __uint_as_float((u32)f.eps_bits)) : 1.0f;
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c++) {
-      const float sum = __fmul_rn(warp_sum(sums[r][c]), rstd);
-      if (own != r) continue;
-      if (GATED && c) gated = sum;
-      else if (lane % OUT == (GATED ? 0 : c)) mine = sum;
-    }
-  }
-  if (!writes) return;
-  if constexpr (GATED) mine = mine * sigmoid(mine) * gated;
-  else mine = __fadd_rn(mine, start);
-  y[own * f.y_row + column] = from_f32<T>(mine);
 }
 
 #define PARAMETERS T *y, const T *x, const T *g, const T *w, const T *up, const T *bias, const T *residual, Few f
-#define KERNELS(ROWS, BLOCKS)                                                                                         \
-  KERNEL __launch_bounds__(32 * WARPS, BLOCKS) few_rows_##ROWS(PARAMETERS) {                                            \
-    product<ROWS, false>(y, x, g, w, up, bias, residual, f);                                                            \
-  }                                                                                                                     \
-  KERNEL __launch_bounds__(32 * WARPS, BLOCKS) few_rows_gated_##ROWS(PARAMETERS) {                                      \
-    product<ROWS, true>(y, x, g, w, up, bias, residual, f);                                                             \
-  }
-KERNELS(1, 5)
-KERNELS(2, 5)
-KERNELS(4, 4)
-KERNELS(8, 3)
+
+KERNEL __launch_bounds__(THREADS, SPLIT && PACKED ? 4 : 2) few_rows(PARAMETERS) {
+  product<1>(y, x, g, w, up, bias, residual, f);
+}
+KERNEL __launch_bounds__(THREADS, SPLIT && PACKED ? 3 : 2) few_rows_gated(PARAMETERS) {
+  product<2>(y, x, g, w, up, bias, residual, f);
+}

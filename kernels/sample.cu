@@ -23,7 +23,10 @@
 // log_probs: log_softmax of a row at its id, and the `top` largest of it with their ids, of equals the lowest id first; the sum
 // is of integers as above.
 //
-// Launch: a block of 1024 threads a row. weights [rows, limit] is scratch, unless all rows are greedy.
+// Launch: a block of 1024 threads a row. weights [rows, limit] is scratch. sample_greedy: for rows that are all greedy.
+//
+// A greedy row is bound by the reading of it: threads keep no more than the largest of what they meet and where the 16 bytes
+// begin that hold it, and look into those only where they win.
 #include "rows.cuh"
 
 constexpr int BITS = 8 * sizeof(T);
@@ -42,6 +45,72 @@ DEVICE u32 order_key(T x) {
   const float f = to_f32(x);
   const u32 b = bits_of(f != f ? from_f32<T>(-infinity()) : x);
   return b & SIGN ? ~b & ALL : b | SIGN;
+}
+
+// The larger of two elements each; of a NaN and a number the number.
+DEVICE u32 larger2(u32 a, u32 b) {
+  u32 y;
+  if constexpr (Same<T, bf16>::value) asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  else asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+// The largest of 16 bytes' elements: a NaN if they all are.
+DEVICE float most_of(const Words &v) {
+  if constexpr (Same<T, float>::value) {
+    const Floats<float> f = unpacked<float>(v);
+    return fmaxf(fmaxf(f.x[0], f.x[1]), fmaxf(f.x[2], f.x[3]));
+  } else {
+    const u32 both = larger2(larger2(v.w[0], v.w[1]), larger2(v.w[2], v.w[3]));
+    return fmaxf(to_f32(T{(u16)both}), to_f32(T{(u16)(both >> 16)}));
+  }
+}
+
+// The largest element of a row and its place, for every thread of the block: of equals the first. Rows may begin anywhere, and
+// have fewer than 2^32 elements. `shared` is not to be used again before the block's next barrier.
+DEVICE Largest largest_of(const T *row, u32 limit, u32 (&shared)[2][WARPS]) {
+  constexpr int N = Pack<T>::N, UNROLL = 4;
+  const u32 me = threadIdx.x, lane = me & 31, warp = me >> 5;
+  const u32 head = min((u32)(16 - ((u64)row & 15)) % 16 / (u32)sizeof(T), limit);   // elements before the first whole 16 bytes
+  const int packs = (int)((limit - head) / N);
+  const u32 tail = head + packs * N;
+  // from the end on, so that of equals the first is met last
+  float best = me < limit - tail ? to_f32(row[tail + me]) : -infinity();
+  u32 at = tail + me;
+  if (best != best) best = -infinity();
+  const Words *from = reinterpret_cast<const Words *>(row + head);
+#pragma unroll 1
+  for (int p = packs - 1 - (int)me; p >= 0; p -= UNROLL * 32 * WARPS) {
+    Words v[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) v[u] = from[max(p - u * 32 * WARPS, 0)];   // the first again: that changes nothing
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      const float most = most_of(v[u]);
+      if (most >= best) best = most, at = head + max(p - u * 32 * WARPS, 0) * N;
+    }
+  }
+  if (me < head) {
+    const float most = to_f32(row[me]);
+    if (most >= best) best = most, at = me;
+  }
+  // unsigned integers in the order of the floats; adding 0 makes one of both zeros
+  const u32 bits = __float_as_uint(best + 0.0f);
+  u32 key = bits >> 31 ? ~bits : bits | 1u << 31;
+#pragma unroll
+  for (int round = 0; round < 2; round++) {
+    const u32 most = __reduce_max_sync(0xffffffffu, key);
+    at = __reduce_min_sync(0xffffffffu, key == most ? at : 0xffffffffu);
+    key = most;
+    if (round == 1) break;
+    if (lane == 0) shared[0][warp] = key, shared[1][warp] = at;
+    __syncthreads();
+    key = shared[0][lane], at = shared[1][lane];
+  }
+  const float most = __uint_as_float(key >> 31 ? key ^ 1u << 31 : ~key);
+  if (most == -infinity()) return {most, 0};
+  const float x = lane < N && at + lane < limit ? to_f32(row[at + lane]) : -infinity();
+  const int first_of = __ffs(__ballot_sync(0xffffffffu, x == most)) - 1;
+  return {__shfl_sync(0xffffffffu, x, first_of), (i64)at + first_of};   // of both zeros the one that is there
 }
 
 DEVICE u64 warp_total(u64 x) {
@@ -127,18 +196,28 @@ struct How {
   i64 top_k;
 };
 
+// One block of the f32 form has a multiprocessor: two would not have registers enough.
+KERNEL __launch_bounds__(32 * WARPS, Same<T, float>::value ? 1 : 2)
+sample_greedy(i64 *__restrict__ ids, const T *__restrict__ logits, i64 stride, i64 limit) {
+  __shared__ u32 largest[2][WARPS];
+  launch_dependents();
+  await_kernel_before();
+  const Largest best = largest_of(logits + blockIdx.x * stride, (u32)limit, largest);
+  if (threadIdx.x == 0) ids[blockIdx.x] = best.at;
+}
+
 KERNEL __launch_bounds__(32 * WARPS, 1)
 sample(i64 *__restrict__ ids, u64 *weights, const T *__restrict__ logits, i64 stride, i64 limit, const How *__restrict__ how,
        double scale) {
-  __shared__ Largest largest[WARPS];
+  __shared__ u32 largest[2][WARPS];
   __shared__ u64 shared[3 * WARPS];
+  launch_dependents();
+  await_kernel_before();
   const T *row = logits + blockIdx.x * stride;
   const auto [temperature, top_p, min_p, uniform, top_k] = how[blockIdx.x];
   weights += blockIdx.x * limit;
 
-  Largest best = NOTHING;
-  for (i64 i = threadIdx.x; i < limit; i += blockDim.x) best = larger(best, {clean(row[i]), i});
-  best = team_largest({(i64)blockIdx.x, (int)threadIdx.x, (int)blockDim.x}, best, largest);
+  const Largest best = largest_of(row, (u32)limit, largest);
   if (temperature == 0.0 || top_k == 1 || best.x == infinity() || best.x == -infinity()) {
     if (threadIdx.x == 0) ids[blockIdx.x] = best.at;
     return;
@@ -209,13 +288,12 @@ KERNEL __launch_bounds__(32 * WARPS, 1)
 log_probs(i64 *__restrict__ out, const T *__restrict__ logits, i64 stride, i64 limit, const i64 *__restrict__ ids, i64 top,
           double scale) {
   __shared__ Largest largest[WARPS];
+  __shared__ u32 first[2][WARPS];
   __shared__ u64 shared[WARPS];
   const T *row = logits + blockIdx.x * stride;
   out += blockIdx.x * (1 + 2 * top);
   const Team block = {(i64)blockIdx.x, (int)threadIdx.x, (int)blockDim.x};
-  Largest best = NOTHING;
-  for (i64 i = threadIdx.x; i < limit; i += blockDim.x) best = larger(best, {clean(row[i]), i});
-  best = team_largest(block, best, largest);
+  Largest best = largest_of(row, (u32)limit, first);
   u64 total[1] = {};
   for (i64 i = threadIdx.x; i < limit; i += blockDim.x)
     total[0] += __double2ull_rn(exp((double)clean(row[i]) - (double)best.x) * scale);

@@ -72,14 +72,13 @@ kernels! {
     copy: ["float" "bf16" "f16" "i64"] [] => copy_strided, copy_packed, copy_transposed;
     elementwise: ["float" "bf16" "f16"] [] => binary, binary_packed, unary, unary_packed, add_to_same, add_to_float,
         add_to_same_packed, add_to_float_packed;
-    few_rows: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => few_rows_1, few_rows_2, few_rows_4, few_rows_8,
-        few_rows_gated_1, few_rows_gated_2, few_rows_gated_4, few_rows_gated_8;
+    few_rows: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => few_rows, few_rows_gated;
     gather: ["float" "bf16" "f16" "i64"] [] => gather, gather_packed;
     interpolate: ["float" "bf16" "f16"] [] => interpolate_last, interpolate, interpolate_packed;
     max: ["float" "bf16" "f16"] [] => max_forward, max_backward;
     reduce: ["float" "bf16" "f16"] [] => sum_rows, sum_rows_partial, sum_rows_finish, sum_columns, sum_columns_partial,
         sum_columns_finish;
-    sample: ["float" "bf16" "f16"] [] => sample, penalize, log_probs;
+    sample: ["float" "bf16" "f16"] [] => sample, sample_greedy, penalize, log_probs;
     scatter: ["float" "bf16" "f16"] [] => scatter_add, scatter_add_float, scatter_add_packed, scatter_add_float_packed;
     softmax: ["float" "bf16" "f16"] [] => softmax_forward, softmax_backward;
     write_rows: ["float" "bf16" "f16" "i64"] [] => write_rows, write_rows_packed;

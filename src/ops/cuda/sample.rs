@@ -41,19 +41,28 @@ pub(crate) fn sample_at(logits: &Tensor, limit: usize, how: &Tensor, greedy: boo
     let logits = logits.dense_rows()?;
     let (b, device) = (logits.dim(0), logits.device());
     let mut ids = Tensor::empty(&[b], DType::I64, device)?;
-    let mut weights = Tensor::empty(&[if greedy { 0 } else { b }, limit], DType::I64, device)?;
+    let stride = logits.layout().strides()[0];
+    let gpu = logits.gpu()?;
+    if greedy {
+        let args = [ids.write()?, logits.read()?, stride.into(), limit.into()];
+        // SAFETY: the parameters are (ids, logits, stride, limit); rows of logits are dense and hold at least `limit` elements,
+        // ids is new and has a row each.
+        unsafe { gpu.launch(kernel::sample_greedy, variant, Grid::new(b, THREADS).early(true), &args)? };
+        return Ok(ids);
+    }
+    let mut weights = Tensor::empty(&[b, limit], DType::I64, device)?;
     let args = [
         ids.write()?,
         weights.write()?,
         logits.read()?,
-        logits.layout().strides()[0].into(),
+        stride.into(),
         limit.into(),
         how.read()?,
         scale(limit).to_bits().into(),
     ];
     // SAFETY: the parameters are (ids, weights, logits, stride, limit, how, scale), scale as f64; rows of logits are dense and
-    // hold at least `limit` elements, ids, weights and how are new and have a row each (weights none where no row writes any).
-    unsafe { logits.gpu()?.launch(kernel::sample, variant, Grid::new(b, THREADS), &args)? };
+    // hold at least `limit` elements, ids, weights and how are new and have a row each.
+    unsafe { gpu.launch(kernel::sample, variant, Grid::new(b, THREADS).early(true), &args)? };
     Ok(ids)
 }
 
