@@ -31,6 +31,7 @@ DEVICE double uniform_at(u64 key, u64 i) {
 }
 
 KERNEL advance(i64 *words, How *how, i64 *step, i64 *log, const i64 *ids, i64 rows, i64 most) {
+  begin_early();
   for (i64 r = thread_index(); r < rows; r += thread_count()) {
     const i64 id = ids[r], at = step[r], number = words[10 * rows + r] + 1;
 #pragma unroll

@@ -269,24 +269,27 @@ DEVICE void attend(T *y, const T *q, const T *k, const T *v, const i64 *seen, fl
 
 template <int R>
 DEVICE void attend_whole(T *y, const T *q, const T *k, const T *v, const i64 *seen, const Cached &a) {
+  begin_early();
   const u32 group = (u32)a.group, shares = (group + R - 1) / R, key_heads = (u32)a.heads / group;   // of a key head: blocks
   const u32 block = blockIdx.x / shares, r = block / key_heads, head = block % key_heads * group + blockIdx.x % shares * R;
   attend<R, JOINED>(y, q, k, v, seen, nullptr, a, (int)r, (int)head, -1);
 }
 
 #define PARAMETERS \
-  T *__restrict__ y, const T *__restrict__ q, const T *__restrict__ k, const T *__restrict__ v, const i64 *__restrict__ seen
+  T *y, const T *q, const T *k, const T *v, const i64 *seen
 
 KERNEL __launch_bounds__(128, PACKED ? 6 : 4) cached_attention_one(PARAMETERS, Cached a) { attend_whole<1>(y, q, k, v, seen, a); }
 KERNEL __launch_bounds__(128, 3) cached_attention_two(PARAMETERS, Cached a) { attend_whole<2>(y, q, k, v, seen, a); }
 KERNEL __launch_bounds__(128, 2) cached_attention_four(PARAMETERS, Cached a) { attend_whole<4>(y, q, k, v, seen, a); }
 
 KERNEL __launch_bounds__(512, 1) cached_attention_wide(PARAMETERS, float *partial, Cached a) {
+  begin_early();
   const u32 heads = (u32)a.heads;
   attend<1, TEAMS>(y, q, k, v, seen, partial, a, (int)(blockIdx.x / heads), (int)(blockIdx.x % heads), (int)blockIdx.y);
 }
 
 KERNEL cached_attention_join(T *y, const float *partial, const i64 *seen, i64 rows, i64 heads, i64 d, i64 chunks) {
+  begin_early();
   for (i64 e = thread_index(); e < rows * heads * d; e += thread_count()) {
     const i64 pair = (u64)e / (u32)d, c = e - pair * d, r = (u64)pair / (u32)heads;
     const float *from = partial + pair * chunks * (d + 2);

@@ -209,4 +209,11 @@ DEVICE void await_kernel_before() {
 #endif
 }
 
+// For kernels that need all of what is before them: only their start overlaps. What they read must not be `__restrict__`, or the
+// compiler may read it first.
+DEVICE void begin_early() {
+  launch_dependents();
+  await_kernel_before();
+}
+
 DEVICE float infinity() { return __int_as_float(0x7f800000); }

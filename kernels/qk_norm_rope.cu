@@ -194,9 +194,11 @@ DEVICE void forward_heads(T *y, float *rstd, const T *x, const T *wq, const T *w
   else run<normed, 0>(__VA_ARGS__)
 
 KERNEL __launch_bounds__(128, 8) qk_norm_rope FORWARD {
+  begin_early();
   FOR_LANES(forward_heads, true, y, rstd, x, wq, wk, Strides{xb, xl, 0}, table, index, SIZES, eps, (int)shift);
 }
 KERNEL __launch_bounds__(128, 8) qk_rope FORWARD {
+  begin_early();
   FOR_LANES(forward_heads, false, y, rstd, x, wq, wk, Strides{xb, xl, 0}, table, index, SIZES, eps, (int)shift);
 }
 
@@ -355,6 +357,7 @@ KERNEL __launch_bounds__(32 * WARPS, 3) qk_rope_backward BACKWARD {
 DEVICE float weight_at(const T *w, i64 i) { return w ? to_f32(w[i]) : 1.0f; }
 
 KERNEL __launch_bounds__(256) qk_norm_rope_single FORWARD {
+  begin_early();
   const i64 item = thread_index() >> 5, half = n / 2;
   const int lane = threadIdx.x & 31;
   const Quotient at = divide(item, heads + kv_heads);

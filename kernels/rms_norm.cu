@@ -86,6 +86,7 @@ template <int PACKS> DEVICE void forward_row(const Forward &f, const View &xv, c
 #define FORWARD(NAME, PACKS)                                                                                             \
   KERNEL __launch_bounds__(128) NAME(T *y, T *h, float *rstd, const T *x, const T *residual, const T *w, View xv,        \
                                      View rv, i64 rows, i64 d, float eps, i64 shift) {                                   \
+    begin_early();                                                                                                       \
     const Forward f{y, h, rstd, x, residual, w, rows, d, eps};                                                           \
     forward_row<PACKS>(f, xv, rv, (int)shift);                                                                           \
   }
@@ -117,6 +118,7 @@ DEVICE void forward_long(const Forward &f, const View &xv, const View &rv, float
 }
 KERNEL __launch_bounds__(512) rms_norm_long(T *y, T *h, float *rstd, const T *x, const T *residual, const T *w, View xv,
                                             View rv, i64 rows, i64 d, float eps) {
+  begin_early();
   __shared__ float shared[32];
   const Forward f{y, h, rstd, x, residual, w, rows, d, eps};
   forward_long(f, xv, rv, shared);

@@ -198,21 +198,19 @@ struct How {
 
 // One block of the f32 form has a multiprocessor: two would not have registers enough.
 KERNEL __launch_bounds__(32 * WARPS, Same<T, float>::value ? 1 : 2)
-sample_greedy(i64 *__restrict__ ids, const T *__restrict__ logits, i64 stride, i64 limit) {
+sample_greedy(i64 *ids, const T *logits, i64 stride, i64 limit) {
   __shared__ u32 largest[2][WARPS];
-  launch_dependents();
-  await_kernel_before();
+  begin_early();
   const Largest best = largest_of(logits + blockIdx.x * stride, (u32)limit, largest);
   if (threadIdx.x == 0) ids[blockIdx.x] = best.at;
 }
 
 KERNEL __launch_bounds__(32 * WARPS, 1)
-sample(i64 *__restrict__ ids, u64 *weights, const T *__restrict__ logits, i64 stride, i64 limit, const How *__restrict__ how,
+sample(i64 *ids, u64 *weights, const T *logits, i64 stride, i64 limit, const How *how,
        double scale) {
   __shared__ u32 largest[2][WARPS];
   __shared__ u64 shared[3 * WARPS];
-  launch_dependents();
-  await_kernel_before();
+  begin_early();
   const T *row = logits + blockIdx.x * stride;
   const auto [temperature, top_p, min_p, uniform, top_k] = how[blockIdx.x];
   weights += blockIdx.x * limit;

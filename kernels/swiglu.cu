@@ -27,8 +27,9 @@ DEVICE void place(i64 i, i64 rows, i64 parts, i64 &row, i64 &column) {
 }
 
 // `parts` is the number of 16 bytes in a row, rounded up.
-KERNEL __launch_bounds__(256) swiglu(T *__restrict__ y, const T *__restrict__ gate, const T *__restrict__ up, View gv,
-                                     View uv, i64 rows, i64 width, i64 parts) {
+KERNEL __launch_bounds__(256) swiglu(T *y, const T *gate, const T *up, View gv, View uv,
+                                     i64 rows, i64 width, i64 parts) {
+  begin_early();
   const i64 i = thread_index();
   if (i >= rows * parts) return;
   i64 row, column;

@@ -28,6 +28,7 @@ DEVICE Move move_of(i64 e, const Pair &p, const i64 *end, i64 n, i64 heads, i64 
 }
 
 KERNEL write_rows(Pair first, Pair second, const i64 *end, i64 n, i64 heads, i64 d, i64 all, i64 total) {
+  begin_early();
   const Pair p = chosen(first, second);
   for (i64 e = thread_index(); e < total; e += thread_count()) {
     const Move m = move_of(e, p, end, n, heads, d, all);
@@ -36,6 +37,7 @@ KERNEL write_rows(Pair first, Pair second, const i64 *end, i64 n, i64 heads, i64
 }
 
 KERNEL write_rows_packed(Pair first, Pair second, const i64 *end, i64 n, i64 heads, i64 d, i64 all, i64 total) {
+  begin_early();
   constexpr int N = Pack<T>::N;
   const Pair p = chosen(first, second);
   for (i64 e = thread_index() * N; e < total; e += thread_count() * N) {

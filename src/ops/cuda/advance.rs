@@ -98,7 +98,9 @@ impl Steps {
         let args = [self.all.read()?, how.read()?, step.read()?, log.read()?, ids.read()?, rows, most];
         // SAFETY: the parameters are (words, how, step, log, ids, rows, most): parts of `all`, which is as large as they are
         // together and written by nobody else (its views end with the steps that read them), and a token for each row.
-        unsafe { logits.gpu()?.launch(kernel::advance, self.all.variant()?, Grid::for_each(self.len(), 128), &args) }
+        unsafe {
+            logits.gpu()?.launch(kernel::advance, self.all.variant()?, Grid::for_each(self.len(), 128).early(true), &args)
+        }
     }
     /// The tokens of the first `n` steps, `[n, R]`; waits for them.
     pub fn tokens(&self, n: usize) -> Result<Vec<i64>> {

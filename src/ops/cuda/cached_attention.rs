@@ -46,7 +46,9 @@ pub(crate) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, rows: &CacheRows, scal
             // SAFETY: the parameters are (y, q, k, v, seen, words); rows of q, k and v are dense, and begin and end on 16 bytes
             // where the variant says so; y is new; seen has a start and an end inside k and v for each row, as the op has
             // checked.
-            unsafe { gpu.launch(symbol, variant, Grid::new(pairs / group * group.div_ceil(share), 128), &args)? };
+            unsafe {
+                gpu.launch(symbol, variant, Grid::new(pairs / group * group.div_ceil(share), 128).early(true), &args)?
+            };
         } else {
             let new = || Tensor::empty(&[pairs, chunks, d + 2], DType::F32, q.device());
             let partial = if chunks > 1 { Some(new()?) } else { None };
@@ -54,12 +56,14 @@ pub(crate) fn forward(q: &Tensor, k: &Tensor, v: &Tensor, rows: &CacheRows, scal
             let grid = Grid { blocks: [pairs, chunks, 1], ..Grid::new(pairs, 512) };
             // SAFETY: as above; no run passes `chunks`, and `partial`, which is new, has room for all of them, or there is one
             // and it is not written.
-            unsafe { gpu.launch(kernel::cached_attention_wide, variant, grid, &args)? };
+            unsafe { gpu.launch(kernel::cached_attention_wide, variant, grid.early(true), &args)? };
             if let Some(partial) = partial {
                 let mut args = vec![y.write()?, partial.read()?, seen.read()?];
                 args.extend([rows.len(), heads, d, chunks].map(Arg::from));
                 // SAFETY: the parameters are (y, partial, seen, rows, H, d, chunks) of the launch before.
-                unsafe { gpu.launch(kernel::cached_attention_join, variant, Grid::for_each(pairs * d, 128), &args)? };
+                unsafe {
+                    gpu.launch(kernel::cached_attention_join, variant, Grid::for_each(pairs * d, 128).early(true), &args)?
+                };
             }
         }
     }

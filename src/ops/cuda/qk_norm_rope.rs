@@ -60,7 +60,7 @@ pub(crate) fn forward(
     // positions, H, Hkv, d, n, eps, logarithm of the lanes of a head); y and rstd are new and hold (H + Hkv) d elements and
     // H + Hkv numbers a row; x's rows hold (H + 2 Hkv) d, densely; weights hold d; index has an element for each position,
     // naming a row of the table, which is n <= d wide.
-    unsafe { x.gpu()?.launch(symbol, x.variant()?, grid, &args)? };
+    unsafe { x.gpu()?.launch(symbol, x.variant()?, grid.early(true), &args)? };
     Ok((y, rstd))
 }
 

@@ -48,7 +48,7 @@ pub(crate) fn forward(x: &Tensor, residual: Option<&Tensor>, w: &Tensor, eps: f6
     // SAFETY: the parameters are (y, h or null, rstd, x, residual or null, w, rows of x, rows of residual, rows, d, eps), and
     // for rows held by lanes their number's logarithm; y and h are new, of x's shape; rstd has one element a row; the
     // views' rows lie inside their tensors; lanes times the kernel's packs cover d.
-    unsafe { gpu.launch(symbol, variant, grid, &args)? };
+    unsafe { gpu.launch(symbol, variant, grid.early(true), &args)? };
     Ok(Normed { y, h, rstd })
 }
 

@@ -34,7 +34,7 @@ pub(crate) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let args = [y.write()?, g.read()?, u.read()?, g_rows, u_rows, rows.into(), width.into(), parts.into()];
     // SAFETY: the parameters are (y, gate, up, rows of gate, rows of up, rows, width, parts of a row); y is new and holds
     // rows x width elements; the views' rows lie inside their tensors.
-    unsafe { g.gpu()?.launch(kernel::swiglu, variant, grid, &args)? };
+    unsafe { g.gpu()?.launch(kernel::swiglu, variant, grid.early(true), &args)? };
     Ok(y)
 }
 

@@ -33,5 +33,5 @@ pub(crate) fn write_rows(targets: &mut [&mut Tensor], xs: &[&Tensor], rows: &Cac
     // SAFETY: the parameters are (pair, pair, ends, n, heads, d, target's rows, elements of x), a pair being (target, x, x's
     // strides of batch, head and row), the second unused where there is one; rows of x are dense; targets are [heads, rows, d],
     // contiguous and their own; there is an end for each row of x, at most target's rows.
-    unsafe { x.gpu()?.launch(symbol, x.variant()?, grid, &args) }
+    unsafe { x.gpu()?.launch(symbol, x.variant()?, grid.early(true), &args) }
 }
