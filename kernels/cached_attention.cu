@@ -21,131 +21,24 @@
 // - cached_attention_join: y from it. Launch: for_each(batch n * H * d).
 //
 // CASE: 2 * width + packed; heads are at most 64 << width wide, and packed ones of q, k and v begin and end on 16 bytes.
-#ifndef CASE
-#define CASE 1
-#endif
-#define PACKED (CASE & 1)
-#include "common.cuh"
-
-constexpr int D = 64 << CASE / 2;
-constexpr int P = Pack<T>::N;
-constexpr int LANES = D / P > 32 ? 32 : D / P, GROUPS = 32 / LANES;
-constexpr int PACKS = D / P / LANES, E = PACKS * P;   // of a lane
-constexpr int UNROLL = 4 / PACKS, STEP = GROUPS * UNROLL;
-constexpr int TEAMS = 16, CHUNK = 1024, JOINED = 4;   // CHUNK as in ops/cuda/cached_attention.rs
+#include "cached_attention.cuh"
 
 // 64-bit fields only (`forward` in ops/cuda/cached_attention.rs).
 struct Cached {
   i64 rows, n, heads, group, d, q_batch, q_head, q_row, k_head, k_row, v_head, v_row, chunks, scale_bits;
 };
 
-// Scores are in units of log 2 where T has 16 bits, and natural in f32, whose exponentials are exact.
-constexpr bool EXACT = Same<T, float>::value;
-constexpr float UNIT = EXACT ? 1.0f : 1.4426950408889634f;
-DEVICE float power(float x) {
-  if constexpr (EXACT) {
-    return expf(x);
-  } else {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-  }
-}
-// What powers are relative to: nothing seen yet gives powers of 0.
-DEVICE float base_of(float top) { return top == -infinity() ? 0.0f : top; }
-
-// ---- softmaxes over some of the keys, and two of them joined ----
-
-struct Shares { float mine, theirs; };
-DEVICE Shares joined(float &top, float other) {
-  const float most = fmaxf(top, other), base = base_of(most);
-  const Shares s = {power(top - base), power(other - base)};
-  top = most;
-  return s;
-}
-// Written out, so that every caller rounds alike.
-DEVICE float mixed(float mine, float theirs, const Shares &s) { return fmaf(mine, s.mine, __fmul_rn(theirs, s.theirs)); }
-
-struct Softmax {
-  float top, sum, x[E];
-};
-DEVICE void clear(Softmax &s) {
-  s.top = -infinity(), s.sum = 0.0f;
-#pragma unroll
-  for (int e = 0; e < E; e++) s.x[e] = 0.0f;
-}
-DEVICE void join(Softmax &s, const Softmax &o) {
-  const Shares f = joined(s.top, o.top);
-  s.sum = mixed(s.sum, o.sum, f);
-#pragma unroll
-  for (int e = 0; e < E; e++) s.x[e] = mixed(s.x[e], o.x[e], f);
-}
-
-// Columns of a lane: P from column `x` on and, in f32 heads of 256, P more LANES P columns further.
-DEVICE int column(int x, int e) { return x + e / P * LANES * P + e % P; }
-
-// A team's keys of a chunk, for R queries. k and v point at the chunk's first row, at the lane's column.
+// A team's keys of a chunk, for R queries. k and v point at the chunk's first row.
 template <int R>
 DEVICE void play(Softmax (&s)[R], const float (&query)[R][E], const T *k, const T *v, i64 k_row, i64 v_row, int team, int keys,
                  int x, int d) {
   const int group = (threadIdx.x & 31) / LANES;
 #pragma unroll 1
   for (int at = team * STEP; at < keys; at += TEAMS * STEP) {
-    Words ks[UNROLL][PACKS], vs[UNROLL][PACKS];
-    const T *own_k = k + (at + group) * k_row, *own_v = v + (at + group) * v_row;
+    Loaded l;
+    fetch(l, k, v, k_row, v_row, at + group, keys, x, d);
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++)
-#pragma unroll
-      for (int p = 0; p < PACKS; p++) {
-        const int left = at + group + u * GROUPS < keys ? d : 0;   // past the end all is zero
-        ks[u][p] = load_words(own_k + u * GROUPS * k_row, column(x, p * P), left);
-      }
-#pragma unroll
-    for (int u = 0; u < UNROLL; u++)
-#pragma unroll
-      for (int p = 0; p < PACKS; p++) {
-        const int left = at + group + u * GROUPS < keys ? d : 0;
-        vs[u][p] = load_words(own_v + u * GROUPS * v_row, column(x, p * P), left);
-      }
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      float score[UNROLL], most = s[r].top;
-#pragma unroll
-      for (int u = 0; u < UNROLL; u++) {
-        score[u] = 0.0f;
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) {
-          const Floats<T> key = unpacked<T>(ks[u][p]);
-#pragma unroll
-          for (int e = 0; e < P; e++) score[u] = fmaf(query[r][p * P + e], key.x[e], score[u]);
-        }
-      }
-#pragma unroll
-      for (int o = 1; o < LANES; o <<= 1)
-#pragma unroll
-        for (int u = 0; u < UNROLL; u++) score[u] += __shfl_xor_sync(0xffffffffu, score[u], o);
-#pragma unroll
-      for (int u = 0; u < UNROLL; u++) {
-        if (at + group + u * GROUPS >= keys) score[u] = -infinity();
-        most = fmaxf(most, score[u]);
-      }
-      const float base = base_of(most), shrink = power(s[r].top - base);
-      s[r].top = most;
-      s[r].sum = __fmul_rn(s[r].sum, shrink);
-#pragma unroll
-      for (int e = 0; e < E; e++) s[r].x[e] = __fmul_rn(s[r].x[e], shrink);
-#pragma unroll
-      for (int u = 0; u < UNROLL; u++) {
-        const float weight = power(score[u] - base);
-        s[r].sum = __fadd_rn(s[r].sum, weight);
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) {
-          const Floats<T> value = unpacked<T>(vs[u][p]);
-#pragma unroll
-          for (int e = 0; e < P; e++) s[r].x[p * P + e] = fmaf(weight, value.x[e], s[r].x[p * P + e]);
-        }
-      }
-    }
+    for (int r = 0; r < R; r++) absorb(s[r], query[r], l, at + group, keys);
   }
 }
 
@@ -220,13 +113,7 @@ DEVICE void attend(T *y, const T *q, const T *k, const T *v, const i64 *seen, fl
     if (warp < JOINED) {
 #pragma unroll
       for (int i = 0; i < R; i++) {
-#pragma unroll
-        for (int o = LANES; o < 32; o <<= 1) {
-          Softmax other = {__shfl_xor_sync(0xffffffffu, s[i].top, o), __shfl_xor_sync(0xffffffffu, s[i].sum, o)};
-#pragma unroll
-          for (int e = 0; e < E; e++) other.x[e] = __shfl_xor_sync(0xffffffffu, s[i].x[e], o);
-          join(s[i], other);
-        }
+        join_groups(s[i]);
         if (lane == 0) tops[warp][i] = s[i].top, sums[warp][i] = s[i].sum;
         if (lane < LANES) {
 #pragma unroll

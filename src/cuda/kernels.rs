@@ -8,6 +8,7 @@ pub(super) const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("../../kernels/attention.cuh")),
     ("attention_mma.cuh", include_str!("../../kernels/attention_mma.cuh")),
     ("attention_sm90.cuh", include_str!("../../kernels/attention_sm90.cuh")),
+    ("cached_attention.cuh", include_str!("../../kernels/cached_attention.cuh")),
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("lab_rows.cuh", include_str!("../../kernels/lab/attention/lab_rows.cuh")),
     ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
@@ -53,6 +54,7 @@ kernels! {
     attention_sum: ["float" "bf16" "f16"] [] => attention_backward_sum;
     cached_attention: ["float" "bf16" "f16"] ["CASE=0" "CASE=1" "CASE=2" "CASE=3" "CASE=4" "CASE=5"] => cached_attention_one,
         cached_attention_two, cached_attention_four, cached_attention_wide, cached_attention_join;
+    cached_step: ["float" "bf16" "f16"] ["CASE=1" "CASE=3" "CASE=5"] => cached_step_one, cached_step_four, cached_step_wide;
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
     adamw: ["float" "bf16" "f16"] [] => adamw_squares, adamw_norm, adamw_update;
     advance: ["i64"] [] => advance;

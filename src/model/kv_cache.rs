@@ -38,7 +38,8 @@ impl KvCache {
         rows: &CacheRows,
         scale: f64,
     ) -> Result<Tensor> {
-        ops::cached_step(joint, (heads, kv_heads), norms, rope, [&mut self.k, &mut self.v], rows, scale)
+        // weights are settled: see cached_layers
+        ops::settled_step(joint, (heads, kv_heads), norms, rope, [&mut self.k, &mut self.v], rows, scale, true)
     }
 }
 

@@ -7,7 +7,7 @@ use crate::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
 #[cfg(feature = "cuda")]
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 /// Where new rows lie in a cache, and what they see of it. Cloning is cheap.
 ///
@@ -25,6 +25,9 @@ struct Lists {
     /// The keys that a row sees at most.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     most: usize,
+    /// True if no row sees another's place; found out when first asked for.
+    #[cfg(feature = "cuda")]
+    apart: OnceLock<bool>,
     /// Copies on devices, each made when first asked for: i64 `[2, R]`, the starts and then the ends.
     #[cfg(feature = "cuda")]
     copies: Mutex<Vec<Tensor>>,
@@ -47,16 +50,17 @@ impl CacheRows {
         }
         let least = seen.iter().map(|s| s.end).max().unwrap_or(0);
         #[cfg(feature = "cuda")]
-        let lists = Lists { seen, least, most, copies: Mutex::default() };
+        let lists = Lists { seen, least, most, apart: OnceLock::new(), copies: Mutex::default() };
         #[cfg(not(feature = "cuda"))]
         let lists = Lists { seen, least, most };
         Ok(Self(Arc::new(lists)))
     }
     /// Rows whose runs a device knows alone: i64 `[2, R]`, the starts and then the ends. Whatever they become, they are at
-    /// most `most` long, in a cache of at least `least` rows. No other device may be asked.
+    /// most `most` long, in a cache of at least `least` rows, and each row has its own. No other device may be asked.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_device(list: Tensor, most: usize, least: usize) -> Self {
-        Self(Arc::new(Lists { seen: vec![0..0; list.dim(1)], least, most, copies: Mutex::new(vec![list]) }))
+        let (seen, apart) = (vec![0..0; list.dim(1)], OnceLock::from(true));
+        Self(Arc::new(Lists { seen, least, most, apart, copies: Mutex::new(vec![list]) }))
     }
     /// The number of rows, R.
     pub fn len(&self) -> usize {
@@ -78,6 +82,15 @@ impl CacheRows {
     #[cfg(feature = "cuda")]
     pub(crate) fn most(&self) -> usize {
         self.0.most
+    }
+    /// True if no row sees another's place.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn apart(&self) -> bool {
+        *self.0.apart.get_or_init(|| {
+            let mut runs: Vec<_> = self.0.seen.iter().map(|s| (s.start, s.end)).collect();
+            runs.sort_unstable();
+            runs.windows(2).all(|w| w[0].1 <= w[1].0)
+        })
     }
     /// The starts and the ends on a device, i64 `[2, R]`, uploaded once.
     #[cfg(feature = "cuda")]

@@ -13,13 +13,49 @@ use crate::tensor::Tensor;
 /// On CUDA one kernel does it where no row sees another's place.
 pub fn cached_step(
     joint: &Tensor,
+    heads: (usize, usize),
+    norm: Option<QkNorm>,
+    table: &RopeTable,
+    caches: [&mut Tensor; 2],
+    rows: &CacheRows,
+    scale: f64,
+) -> Result<Tensor> {
+    step(joint, heads, norm, table, caches, rows, scale, false)
+}
+
+/// As [`cached_step`]; `settled` if the norms' weights have been there since before the kernel submitted last.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn step(
+    joint: &Tensor,
     (heads, kv_heads): (usize, usize),
     norm: Option<QkNorm>,
     table: &RopeTable,
     [k, v]: [&mut Tensor; 2],
     rows: &CacheRows,
     scale: f64,
+    settled: bool,
 ) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let crate::tensor::Device::Cuda(_) = joint.device()
+        && rows.apart()
+    {
+        let (of, n) = (super::qk_norm_rope::Heads { q: heads, kv: kv_heads }, norm);
+        let weights = n.map(|n| -> Result<_> {
+            let [q, k] = [n.q.value().contiguous()?, n.k.value().contiguous()?];
+            Ok(super::qk_norm_rope::Weights { q, k, eps: n.eps })
+        });
+        let weights = weights.transpose()?;
+        let fused = {
+            let _op = crate::profile::enter("cached_step :: forward");
+            let caches = [&mut *k, &mut *v];
+            super::cuda::cached_step::forward(joint, (of, weights.as_ref()), table, caches, rows, scale, settled)?
+        };
+        if let Some(y) = fused {
+            return Ok(y);
+        }
+    }
+    #[cfg(not(feature = "cuda"))]
+    let _ = settled;
     no_grad(|| {
         let [q, new_k, new_v] = qk_norm_rope(&Var::constant(joint.clone()), heads, kv_heads, norm, table)?;
         write_row_pairs([&mut *k, &mut *v], [new_k.value(), new_v.value()], rows)?;

@@ -52,6 +52,7 @@ pub use assemble_blocks::assemble_blocks;
 pub use attention::{Mask, attention};
 pub use cached_attention::{CacheRows, cached_attention};
 pub use cached_step::cached_step;
+pub(crate) use cached_step::step as settled_step;
 pub use cast::{cast, cast_tensor};
 pub use concat::concat;
 pub(crate) use concat::concat_tensors;

@@ -10,6 +10,7 @@ pub mod attention;
 pub mod attention_ladder;
 mod attention_sm90;
 pub mod cached_attention;
+pub mod cached_step;
 pub mod cast;
 pub mod concat;
 pub mod cross_entropy;

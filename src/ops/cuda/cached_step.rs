@@ -1,0 +1,86 @@
+//! A step of decoding on CUDA, from the fused projection on, in one launch: kernels/cached_step.cu.
+
+use super::packs::{in_packs, pack};
+use crate::Result;
+use crate::cuda::{Arg, Grid, Variant, kernels::cached_step as kernel};
+use crate::ops::qk_norm_rope::{Heads, Weights};
+use crate::ops::{CacheRows, RopeTable};
+use crate::tensor::{Tensor, read_or_null};
+
+const OP: &str = "cached_step";
+/// The modules by the width of heads.
+const CASES: [(usize, &str); 3] = [(64, "CASE=1"), (128, "CASE=3"), (256, "CASE=5")];
+/// Keys that are summed up before they are joined to others, as in the kernel.
+const CHUNK: usize = 1024;
+
+/// joint `[1, R, (H + 2 Hkv) d]`: its keys, normed and turned, and its values are written into k and v `[Hkv, T, d]` at the rows'
+/// places, and what each row then sees of them is attended to: `[1, R, H d]`. No row may see another's place.
+///
+/// None, and nothing done, where the ops one by one do better or no kernel fits.
+#[allow(clippy::too_many_arguments)] // what the ops that it stands for have
+pub(crate) fn forward(
+    joint: &Tensor,
+    (heads, weights): (Heads, Option<&Weights>),
+    table: &RopeTable,
+    [k, v]: [&mut Tensor; 2],
+    rows: &CacheRows,
+    scale: f64,
+    settled: bool,
+) -> Result<Option<Tensor>> {
+    let all = heads.q + 2 * heads.kv;
+    let (&[1, r, width], &[kv, room, d]) = (joint.shape(), k.shape()) else { return Ok(None) };
+    let beside: Vec<&Tensor> = [&*k, &*v].into_iter().chain(weights.into_iter().flat_map(|w| [&w.q, &w.k])).collect();
+    let same = beside.iter().all(|t| t.dtype() == joint.dtype() && t.device() == joint.device() && t.last_dim() == d);
+    let grouped = heads.kv > 0 && heads.q.is_multiple_of(heads.kv) && kv == heads.kv && width == all * d;
+    let placed = rows.len() == r && rows.least() <= room && table.len() == r && k.shape() == v.shape();
+    if !(joint.dtype().is_float() && same && grouped && placed) || r * heads.q == 0 {
+        return Ok(None);
+    }
+    let (n, p, half) = (table.width(), pack(joint), table.width() / 2);
+    let Some((_, case)) = CASES.iter().find(|(wide, _)| d == *wide) else { return Ok(None) };
+    if d / p > 32 || !half.is_multiple_of(p) || n > d || heads.q > 65_535 {
+        return Ok(None);
+    }
+    let gpu = joint.gpu()?;
+    let (group, pairs, most, many) = (heads.q / heads.kv, r * heads.q, rows.most(), gpu.multiprocessors as usize);
+    // the blocks of cached_attention read keys once for all heads of a group, or a long run a chunk each
+    if (group > 1 && pairs > 2 * many) || (most > CHUNK && pairs <= 2 * many) {
+        return Ok(None);
+    }
+    let joint = joint.dense_rows()?;
+    k.make_owner()?;
+    v.make_owner()?;
+    let mut packed = true;
+    for t in [&joint, &*k, &*v].into_iter().chain(weights.into_iter().flat_map(|w| [&w.q, &w.k])) {
+        packed &= in_packs(OP, t)?;
+    }
+    if !packed {
+        return Ok(None);
+    }
+    // keys of four teams: of no more, sixteen warps have nothing to do that four have not
+    let short = 4 * 128 * p / d;
+    let (symbol, grid) = if pairs <= many && most > short {
+        (kernel::cached_step_wide, Grid { blocks: [r, heads.q, 1], ..Grid::new(r, 512) })
+    } else if pairs <= 10 * many {
+        (kernel::cached_step_four, Grid { blocks: [r, heads.q, 1], ..Grid::new(r, 128) })
+    } else {
+        (kernel::cached_step_one, Grid { blocks: [r, heads.q.div_ceil(4), 1], ..Grid::new(r, 128) })
+    };
+    let mut y = Tensor::empty(&[1, r, heads.q * d], joint.dtype(), joint.device())?;
+    let (wq, wk) = (read_or_null(weights.map(|w| &w.q))?, read_or_null(weights.map(|w| &w.k))?);
+    let ([index, angles], seen) = (table.on(joint.device())?, rows.on(joint.device())?);
+    let mut args = vec![y.write()?, joint.read()?, wq, wk, angles.read()?, index.read()?];
+    args.extend([k.write()?, v.write()?, seen.read()?]);
+    let [scale, eps] = [scale as f32, weights.map_or(0.0, |w| w.eps as f32)].map(|x| u64::from(x.to_bits()));
+    let [r, h, group, n, row, head] = [r, heads.q, group, n, joint.layout().strides()[1], room * d].map(|x| x as u64);
+    args.push(Arg::from([r, h, group, n, row, head, scale, eps]));
+    let variant = Variant { define: Some(case), ..joint.variant()? };
+    // SAFETY: the parameters are (y, joint, weights of q and k or null, table, index, k, v, seen, words), the words being rows,
+    // H, H / Hkv, n, joint's stride, elements of a head of k and v, scale and eps; y is new and holds H d elements a row; joint's
+    // rows hold (H + 2 Hkv) d, densely; weights hold d; index has an element for each row, naming a row of the table, which is
+    // n <= d wide; k and v are contiguous and their own; seen has for each row a run inside k and v, not empty, and no row's
+    // run holds another's place. Rows of all begin and end on 16 bytes, and so do halves of pairs. The weights are all that is
+    // read before earlier kernels are done, if those have nothing to do with them (`settled`).
+    unsafe { gpu.launch(symbol, variant, grid.early(settled), &args)? };
+    Ok(Some(y))
+}
