@@ -31,7 +31,10 @@ DEVICE float real(i64 bits) { return __uint_as_float((u32)bits); }
 
 DEVICE float reciprocal_root(float x) {
   float y = rsqrtf(x);
-  if constexpr (EXACT) y = fmaf(0.5f * y, fmaf(-x * y, y, 1.0f), y);   // to within rounding
+  if constexpr (EXACT) {   // to within rounding; of 0 and infinity there is nothing to mend
+    const float off = fmaf(-x * y, y, 1.0f);
+    if (off == off) y = fmaf(0.5f * y, off, y);
+  }
   return y;
 }
 
@@ -267,9 +270,10 @@ DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *ta
   *reinterpret_cast<Rounded *>(y + ((i64)r * heads + head) * D + C * lane) = to;
 }
 
+// Nothing is `__restrict__`: it must not be read before the wait.
 #define STEPPED                                                                                                          \
-  (T * y, const T *__restrict__ joint, const T *__restrict__ wq, const T *__restrict__ wk, const float *__restrict__ table, \
-   const i64 *__restrict__ index, T *k, T *v, const i64 *__restrict__ seen, Step a)
+  (T * y, const T *joint, const T *wq, const T *wk, const float *table, const i64 *index, T *k, T *v, const i64 *seen,   \
+   Step a)
 
 KERNEL __launch_bounds__(128, D > 128 ? 5 : 6) cached_step_one STEPPED {
   if constexpr (PACKS == 1) step<1>(y, joint, wq, wk, table, index, k, v, seen, a);

@@ -148,7 +148,7 @@ DEVICE void normalize(Words *x, Words *lost, const Words *g, int rows, int words
       if constexpr (SPLIT) {
         const F some = unpacked<T>(kept);
 #pragma unroll
-        for (int j = 0; j < E; j++) v.x[j] -= some.x[j];
+        for (int j = 0; j < E; j++) v.x[j] = fabsf(some.x[j]) < infinity() ? v.x[j] - some.x[j] : 0.0f;   // past T's range nothing is left to add
         lost[r * pitch + word] = packed<T>(v);
       }
     }

@@ -188,7 +188,8 @@ impl Settings {
             id.ok_or_else(|| Error::Usage(format!("unknown stop token '{t}': give an id, or a token of the tokenizer")))
         };
         let mut stop_tokens = self.stop_token.iter().map(stop).collect::<Result<Vec<_>>>()?;
-        stop_tokens.extend(tokenizer.end_of_text().filter(|id| *id < c.vocab_rows() as i64));
+        let limit = c.vocab_rows().min(tokenizer.vocab_size());
+        stop_tokens.extend(tokenizer.end_of_text().filter(|id| *id < limit as i64));
         let chunks = self.chunk_size.clone().unwrap_or_default();
         Ok(Request {
             prompt,

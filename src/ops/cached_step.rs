@@ -48,7 +48,15 @@ pub(crate) fn step(
         let fused = {
             let _op = crate::profile::enter("cached_step :: forward");
             let caches = [&mut *k, &mut *v];
-            super::cuda::cached_step::forward(joint, (of, weights.as_ref()), table, caches, rows, scale, settled)?
+            super::cuda::cached_step::forward(
+                joint,
+                (of, weights.as_ref()),
+                table,
+                caches,
+                rows,
+                scale,
+                settled && n.is_none_or(|n| n.q.value().is_contiguous() && n.k.value().is_contiguous()),
+            )?
         };
         if let Some(y) = fused {
             return Ok(y);

@@ -69,6 +69,8 @@ pub fn linear_pair(x: &Var, weights: [&Var; 2]) -> Result<[Var; 2]> {
     let [w1t, w2t] = [w1.transpose(0, 1)?, w2.transpose(0, 1)?];
     let [y1, y2] = gemm_pair([&x2, &x2], [&w1t, &w2t], [None, None], dtype)?;
     let (ws, x_shape, device) = ([w1.clone(), w2.clone()], xv.shape().to_vec(), xv.device());
+    // of one weight twice, gradients are added one after the other
+    let one = weights[0].id() == weights[1].id();
     let saved = weights.iter().any(|w| w.has_gradient()).then(|| x.save_as(x2));
     let outputs = vec![y1.reshape(&shape)?, y2.reshape(&shape)?];
     let ys = record(OP, &[x, weights[0], weights[1]], outputs, move |flow| {
@@ -82,7 +84,7 @@ pub fn linear_pair(x: &Var, weights: [&Var; 2]) -> Result<[Var; 2]> {
             let x2 = x2.reshape(&[rows, i])?;
             let turned = [dy1.transpose(0, 1)?, dy2.transpose(0, 1)?];
             match kept {
-                [Some(a), Some(b)] if a == b => {
+                [Some(a), Some(b)] if a == b && !one => {
                     let sums = [flow.take_sum(1), flow.take_sum(2)];
                     let [dw1, dw2] = gemm_pair([&turned[0], &turned[1]], [&x2, &x2], sums, a)?;
                     flow.put(1, dw1);

@@ -35,6 +35,9 @@ pub(crate) fn product(
     if bytes + FIXED > shared {
         return Ok(None);
     }
+    // what has to be copied first is not settled
+    let lies = |t: &Tensor| t.dim(t.rank() - 1) < 2 || t.layout().strides()[t.rank() - 1] == 1;
+    let dense_already = lies(w) && up.is_none_or(lies) && norm.is_none_or(|n| lies(n.0));
     let dense = |t: Option<&Tensor>| t.map(Tensor::dense_rows).transpose();
     let (x, w, up, g) = (x.dense_rows()?, w.dense_rows()?, dense(up)?, dense(norm.map(|n| n.0))?);
     let (bias, residual) = (dense(bias)?, dense(residual)?);
@@ -73,7 +76,7 @@ pub(crate) fn product(
     }
     args.push(words.into());
     let symbol = if up.is_some() { kernel::few_rows_gated } else { kernel::few_rows };
-    let grid = Grid::new(blocks, THREADS).shared(bytes).early(settled);
+    let grid = Grid::new(blocks, THREADS).shared(bytes).early(settled && dense_already);
     // SAFETY: the parameters are (y, x, g, w, up, bias, residual, words), null where there is none; shapes and dtypes are checked
     // by the op; rows are dense, and begin and end on 16 bytes where the variant says so; y is new, [rows, columns] and
     // contiguous; `rows` rows of the pitch that the kernel computes fit the shared memory. Weights are all that is read before

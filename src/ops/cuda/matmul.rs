@@ -76,15 +76,12 @@ pub(crate) fn gemm_pair(a: [&Tensor; 2], b: [&Tensor; 2], start: [Option<Tensor>
     let (one, two) = (a[0].dtype(), [a[1], b[0], b[1]]);
     let whole = m > 0 && n > 0 && k > 0 && b[0].dim(0) == k && two.iter().all(|t| t.dtype() == one);
     let [first, second] = start;
-    if !alike || !whole || cuda::gemm() != Gemm::Auto {
+    // what is added to lies where it lies: whether in order may differ from run to run, and results must not
+    if !alike || !whole || !new || cuda::gemm() != Gemm::Auto {
         return Ok([gemm(a[0], b[0], first, dtype)?, gemm(a[1], b[1], second, dtype)?]);
     }
-    let target = |start: Option<Tensor>| -> Result<Tensor> {
-        let mut y = start.map_or_else(|| Tensor::empty(&[m, n], dtype, a[0].device()), Ok)?;
-        y.make_owner()?;
-        Ok(y)
-    };
-    let mut ys = [target(first)?, target(second)?];
+    let target = || Tensor::empty(&[m, n], dtype, a[0].device());
+    let mut ys = [target()?, target()?];
     let [(a0, am), (a1, am2)] = [operand(a[0])?, operand(a[1])?];
     let [(b0, bm), (b1, bm2)] = [operand(b[0])?, operand(b[1])?];
     let sizes = [a0.dtype().size(), b0.dtype().size(), dtype.size()];
@@ -96,7 +93,7 @@ pub(crate) fn gemm_pair(a: [&Tensor; 2], b: [&Tensor; 2], start: [Option<Tensor>
         bms.reverse();
         ys.reverse();
     }
-    if new && ys[0].pointer()? > ys[1].pointer()? {
+    if ys[0].pointer()? > ys[1].pointer()? {
         ys.reverse();
     }
     let d =
@@ -109,7 +106,7 @@ pub(crate) fn gemm_pair(a: [&Tensor; 2], b: [&Tensor; 2], start: [Option<Tensor>
     let ds = [d(&ys[0])?, d(&ys[1])?];
     let (gpu, input, output) = (a0.gpu()?, kind(a0.dtype())?, kind(dtype)?);
     if let (Some(a), Some(b), Some(d)) = (apart(ams, sizes[0]), apart(bms, sizes[1]), apart(ds, sizes[2])) {
-        let product = Product { a, b, d, batch: 2, input, output, accumulate: !new };
+        let product = Product { a, b, d, batch: 2, input, output, accumulate: false };
         // SAFETY: as in `multiply`, for both.
         if gpu.timed(|| work(&product), || unsafe { gpu.blas_product(&product) })? {
             if back {
@@ -120,7 +117,7 @@ pub(crate) fn gemm_pair(a: [&Tensor; 2], b: [&Tensor; 2], start: [Option<Tensor>
     }
     for (i, y) in ys.iter_mut().enumerate() {
         let (a, b) = if back == (i == 0) { (&a1, &b1) } else { (&a0, &b0) };
-        multiply(a, b, ams[i], bms[i], y, 1, !new)?;
+        multiply(a, b, ams[i], bms[i], y, 1, false)?;
     }
     if back {
         ys.reverse();
