@@ -1,10 +1,11 @@
 // Attention of new rows to a cache's: y = softmax(scale q k^T) v over the run of cache rows that each new row sees.
 //
 //   q [batch, H, n, d] by its strides, rows dense; row r = b n + i sees cache rows seen[0, r] .. seen[1, r] - 1 (int64
-//   [2, batch n]). k and v [Hkv, T, d] by their strides, rows dense. y lies as [batch, n, H, d], overwritten.
+//   [2, batch n]). k and v [Hkv, T, d] by their strides, rows dense: of T or, in the modules for 8-bit caches, of int8 and times
+//   an f32 scale a row, k_scales and v_scales [Hkv, T] dense. y lies as [batch, n, H, d], overwritten.
 //
-// Reading keys and values once is all the cost, so loads are all that the kernel is built for: 16 bytes a lane, a row of d
-// elements across LANES lanes, GROUPS rows in a load of a warp, UNROLL loads of k and as many of v on their way at once.
+// Reading keys and values once is all the cost, so loads are all that the kernel is built for: 16 bytes a lane (8 of int8), a
+// row of d elements across LANES lanes, GROUPS rows in a load of a warp, UNROLL loads of k and as many of v on their way at once.
 //
 // A row's result depends on nothing but its query and its keys, in any bit, whatever the launch. So the order of its sums
 // is fixed by its own run, and threads are dealt out after it:
@@ -20,23 +21,37 @@
 //   of powers.
 // - cached_attention_join: y from it. Launch: for_each(batch n * H * d).
 //
-// CASE: 2 * width + packed; heads are at most 64 << width wide, and packed ones of q, k and v begin and end on 16 bytes.
+// CASE: 6 * int8 + 2 * width + packed; heads are at most 64 << width wide, and packed ones of q, k and v begin and end on 16
+// bytes, int8 ones on 8.
 #include "cached_attention.cuh"
 
 // 64-bit fields only (`forward` in ops/cuda/cached_attention.rs).
 struct Cached {
   i64 rows, n, heads, group, d, q_batch, q_head, q_row, k_head, k_row, v_head, v_row, chunks, scale_bits;
+  const float *k_scales, *v_scales;   // of int8
+  i64 scales_head;
 };
+constexpr int Q = P < Pack<T>::N ? P : Pack<T>::N;   // of a query at a time
 
-// A team's keys of a chunk, for R queries. k and v point at the chunk's first row.
+// Rows of a key head.
+struct Rows {
+  const S *x;
+  i64 stride;
+  const float *scales;
+};
+DEVICE Rows rows_from(const Rows &rows, i64 first) { return {rows.x + first * rows.stride, rows.stride, rows.scales + first}; }
+
+// A team's keys of a chunk, for R queries. k and v begin at the chunk's first row.
 template <int R>
-DEVICE void play(Softmax (&s)[R], const float (&query)[R][E], const T *k, const T *v, i64 k_row, i64 v_row, int team, int keys,
-                 int x, int d) {
+DEVICE void play(Softmax (&s)[R], const float (&query)[R][E], const Rows &k, const Rows &v, int team, int keys, int x, int d) {
   const int group = (threadIdx.x & 31) / LANES;
 #pragma unroll 1
   for (int at = team * STEP; at < keys; at += TEAMS * STEP) {
     Loaded l;
-    fetch(l, k, v, k_row, v_row, at + group, keys, x, d);
+    fetch(l, k.x, v.x, k.stride, v.stride, at + group, keys, x, d);
+#if INT8
+    fetch_scales(l, k.scales, v.scales, at + group, keys);
+#endif
 #pragma unroll
     for (int r = 0; r < R; r++) absorb(s[r], query[r], l, at + group, keys);
   }
@@ -44,7 +59,7 @@ DEVICE void play(Softmax (&s)[R], const float (&query)[R][E], const T *k, const 
 
 // The run of row `r` for R query heads from `head` on, or its chunk of that number (chunk < 0: all of them).
 template <int R, int WARPS>
-DEVICE void attend(T *y, const T *q, const T *k, const T *v, const i64 *seen, float *partial, const Cached &a, int r, int head,
+DEVICE void attend(T *y, const T *q, const S *k, const S *v, const i64 *seen, float *partial, const Cached &a, int r, int head,
                    int chunk) {
   constexpr int THREADS = 32 * WARPS, PLAYED = TEAMS / JOINED, WAITING = WARPS > JOINED ? WARPS - JOINED : 1;
   __shared__ float waiting[WAITING][E + 2][32];              // of warps whose teams others join
@@ -60,20 +75,21 @@ DEVICE void attend(T *y, const T *q, const T *k, const T *v, const i64 *seen, fl
   for (int i = 0; i < R; i++) {
     const T *from = q + (u32)r / (u32)a.n * a.q_batch + (head + min(i, spare - 1)) * a.q_head + (u32)r % (u32)a.n * a.q_row;
 #pragma unroll
-    for (int p = 0; p < PACKS; p++) {
-      const Floats<T> some = unpacked<T>(load_words(from, column(x, p * P), d));
+    for (int p = 0; p < E / Q; p++) {
+      const Floats<T> some = unpacked<T>(load_words(from, column(x, p * Q), d));
 #pragma unroll
-      for (int e = 0; e < P; e++) query[i][p * P + e] = __fmul_rn(some.x[e], scale);
+      for (int e = 0; e < Q; e++) query[i][p * Q + e] = __fmul_rn(some.x[e], scale);
     }
   }
-  k += (u32)head / (u32)group * a.k_head;
-  v += (u32)head / (u32)group * a.v_head;
+  const i64 key_head = (u32)head / (u32)group;
+  const Rows all_k = {k + key_head * a.k_head, a.k_row, a.k_scales + key_head * a.scales_head};
+  const Rows all_v = {v + key_head * a.v_head, a.v_row, a.v_scales + key_head * a.scales_head};
 
 #pragma unroll 1
   for (i64 first = start; first < end; first += CHUNK) {
     const int keys = end - first < CHUNK ? (int)(end - first) : CHUNK;
     const bool last = chunk >= 0 || end - first <= CHUNK;
-    const T *own_k = k + first * a.k_row, *own_v = v + first * a.v_row;
+    const Rows own_k = rows_from(all_k, first), own_v = rows_from(all_v, first);
     Softmax s[R];
     if constexpr (WARPS == JOINED) {
 #pragma unroll 1
@@ -81,7 +97,7 @@ DEVICE void attend(T *y, const T *q, const T *k, const T *v, const i64 *seen, fl
         Softmax more[R];
 #pragma unroll
         for (int i = 0; i < R; i++) clear(more[i]);
-        play<R>(more, query, own_k, own_v, a.k_row, a.v_row, warp + n * JOINED, keys, x, d);
+        play<R>(more, query, own_k, own_v, warp + n * JOINED, keys, x, d);
 #pragma unroll
         for (int i = 0; i < R; i++) {
           if (n == 0) s[i] = more[i];
@@ -91,7 +107,7 @@ DEVICE void attend(T *y, const T *q, const T *k, const T *v, const i64 *seen, fl
     } else {
       static_assert(R == 1 && WARPS == TEAMS);
       clear(s[0]);
-      play<R>(s, query, own_k, own_v, a.k_row, a.v_row, warp, keys, x, d);
+      play<R>(s, query, own_k, own_v, warp, keys, x, d);
       if (warp >= JOINED) {
         float(&to)[E + 2][32] = waiting[warp - JOINED];
         to[E][lane] = s[0].top, to[E + 1][lane] = s[0].sum;
@@ -155,7 +171,7 @@ DEVICE void attend(T *y, const T *q, const T *k, const T *v, const i64 *seen, fl
 }
 
 template <int R>
-DEVICE void attend_whole(T *y, const T *q, const T *k, const T *v, const i64 *seen, const Cached &a) {
+DEVICE void attend_whole(T *y, const T *q, const S *k, const S *v, const i64 *seen, const Cached &a) {
   begin_early();
   const u32 group = (u32)a.group, shares = (group + R - 1) / R, key_heads = (u32)a.heads / group;   // of a key head: blocks
   const u32 block = blockIdx.x / shares, r = block / key_heads, head = block % key_heads * group + blockIdx.x % shares * R;
@@ -163,7 +179,7 @@ DEVICE void attend_whole(T *y, const T *q, const T *k, const T *v, const i64 *se
 }
 
 #define PARAMETERS \
-  T *y, const T *q, const T *k, const T *v, const i64 *seen
+  T *y, const T *q, const S *k, const S *v, const i64 *seen
 
 KERNEL __launch_bounds__(128, PACKED ? 6 : 4) cached_attention_one(PARAMETERS, Cached a) { attend_whole<1>(y, q, k, v, seen, a); }
 KERNEL __launch_bounds__(128, 3) cached_attention_two(PARAMETERS, Cached a) { attend_whole<2>(y, q, k, v, seen, a); }

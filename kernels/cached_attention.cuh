@@ -1,16 +1,24 @@
 // What kernels of attention to a cache's keys share: how a run is dealt out, and softmaxes over parts of it. The order of sums,
 // which no launch may change, is told in cached_attention.cu.
 //
-// CASE: 2 * width + packed; heads are at most 64 << width wide, and packed rows begin and end on 16 bytes.
+// CASE: 6 * int8 + 2 * width + packed; heads are at most 64 << width wide, and packed rows begin and end on 16 bytes, those of
+// int8 keys and values on 8.
 #pragma once
 #ifndef CASE
 #define CASE 1
 #endif
 #define PACKED (CASE & 1)
+#define INT8 (CASE >= 6)
 #include "common.cuh"
 
-constexpr int D = 64 << CASE / 2;
+constexpr int D = 64 << CASE % 6 / 2;
+#if INT8
+typedef i8 S;          // what keys and values are kept as, times an f32 scale a row
+constexpr int P = 8;   // of a row in a pack: with 16, queries and sums would take more registers than there are
+#else
+typedef T S;
 constexpr int P = Pack<T>::N;
+#endif
 constexpr int LANES = D / P > 32 ? 32 : D / P, GROUPS = 32 / LANES;
 constexpr int PACKS = D / P / LANES, E = PACKS * P;   // of a lane
 constexpr int UNROLL = 4 / PACKS, STEP = GROUPS * UNROLL;
@@ -62,24 +70,60 @@ DEVICE void join(Softmax &s, const Softmax &o) {
 DEVICE int column(int x, int e) { return x + e / P * LANES * P + e % P; }
 
 // A step's keys and values. `at` is the lane's first of them, of `rows` rows of k and v; past those all is zero.
-struct Loaded { Words k[UNROLL][PACKS], v[UNROLL][PACKS]; };
-DEVICE Words words_at(const T *row, int column, bool present, int d) {
-  if constexpr (!PACKED) return load_words(row, column, present ? d : 0);
-  Words v = {};   // as load_words, by 32-bit sizes
-  if (present && column < d) v = *reinterpret_cast<const Words *>(row + column);
+#if INT8
+struct alignas(8) Kept { u32 w[2]; };
+struct Numbers { float x[P]; };
+struct Loaded {
+  Kept k[UNROLL][PACKS], v[UNROLL][PACKS];
+  float k_scale[UNROLL], v_scale[UNROLL];
+};
+// x + 128 as the lowest byte of 2^23, less 2^23 + 128: exact, and cheaper than a conversion.
+DEVICE Numbers numbers_of(const Kept &v) {
+  Numbers f;
+#pragma unroll
+  for (int j = 0; j < P; j++)
+    f.x[j] = __uint_as_float(__byte_perm(v.w[j / 4] ^ 0x80808080u, 0x4b000000u, 0x7440 + j % 4)) - 8388736.0f;
+  return f;
+}
+DEVICE void fetch_scales(Loaded &l, const float *k, const float *v, int at, int rows) {
+#pragma unroll
+  for (int u = 0; u < UNROLL; u++) {
+    const int row = at + u * GROUPS;
+    l.k_scale[u] = row < rows ? k[row] : 0.0f, l.v_scale[u] = row < rows ? v[row] : 0.0f;
+  }
+}
+#else
+typedef Words Kept;
+typedef Floats<T> Numbers;
+struct Loaded { Kept k[UNROLL][PACKS], v[UNROLL][PACKS]; };
+DEVICE Numbers numbers_of(const Kept &v) { return unpacked<T>(v); }
+#endif
+DEVICE Kept kept_at(const S *row, int column, bool present, int d) {
+  Kept v = {};
+  if constexpr (PACKED) {
+    if (present && column < d) v = *reinterpret_cast<const Kept *>(row + column);
+  } else {
+#if INT8
+#pragma unroll
+    for (int j = 0; j < P; j++)
+      if (present && column + j < d) v.w[j / 4] |= (u32)(u8)row[column + j] << j % 4 * 8;
+#else
+    v = load_words(row, column, present ? d : 0);
+#endif
+  }
   return v;
 }
 template <typename Stride>
-DEVICE void fetch(Loaded &l, const T *k, const T *v, Stride k_row, Stride v_row, int at, int rows, int x, int d) {
+DEVICE void fetch(Loaded &l, const S *k, const S *v, Stride k_row, Stride v_row, int at, int rows, int x, int d) {
   k += at * k_row, v += at * v_row;
 #pragma unroll
   for (int u = 0; u < UNROLL; u++)
 #pragma unroll
-    for (int p = 0; p < PACKS; p++) l.k[u][p] = words_at(k + u * GROUPS * k_row, column(x, p * P), at + u * GROUPS < rows, d);
+    for (int p = 0; p < PACKS; p++) l.k[u][p] = kept_at(k + u * GROUPS * k_row, column(x, p * P), at + u * GROUPS < rows, d);
 #pragma unroll
   for (int u = 0; u < UNROLL; u++)
 #pragma unroll
-    for (int p = 0; p < PACKS; p++) l.v[u][p] = words_at(v + u * GROUPS * v_row, column(x, p * P), at + u * GROUPS < rows, d);
+    for (int p = 0; p < PACKS; p++) l.v[u][p] = kept_at(v + u * GROUPS * v_row, column(x, p * P), at + u * GROUPS < rows, d);
 }
 
 // What a query sees of a step goes into its softmax.
@@ -90,7 +134,7 @@ DEVICE void absorb(Softmax &s, const float (&query)[E], const Loaded &l, int at,
     score[u] = 0.0f;
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
-      const Floats<T> key = unpacked<T>(l.k[u][p]);
+      const Numbers key = numbers_of(l.k[u][p]);
 #pragma unroll
       for (int e = 0; e < P; e++) score[u] = fmaf(query[p * P + e], key.x[e], score[u]);
     }
@@ -101,6 +145,9 @@ DEVICE void absorb(Softmax &s, const float (&query)[E], const Loaded &l, int at,
     for (int u = 0; u < UNROLL; u++) score[u] += __shfl_xor_sync(0xffffffffu, score[u], o);
 #pragma unroll
   for (int u = 0; u < UNROLL; u++) {
+#if INT8
+    score[u] = __fmul_rn(score[u], l.k_scale[u]);
+#endif
     if (at + u * GROUPS >= rows) score[u] = -infinity();
     most = fmaxf(most, score[u]);
   }
@@ -111,11 +158,14 @@ DEVICE void absorb(Softmax &s, const float (&query)[E], const Loaded &l, int at,
   for (int e = 0; e < E; e++) s.x[e] = __fmul_rn(s.x[e], shrink);
 #pragma unroll
   for (int u = 0; u < UNROLL; u++) {
-    const float weight = power(score[u] - base);
+    float weight = power(score[u] - base);
     s.sum = __fadd_rn(s.sum, weight);
+#if INT8
+    weight = __fmul_rn(weight, l.v_scale[u]);
+#endif
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
-      const Floats<T> value = unpacked<T>(l.v[u][p]);
+      const Numbers value = numbers_of(l.v[u][p]);
 #pragma unroll
       for (int e = 0; e < P; e++) s.x[p * P + e] = fmaf(weight, value.x[e], s.x[p * P + e]);
     }

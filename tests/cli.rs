@@ -100,6 +100,23 @@ fn train_generate_logits_convert() {
     let plan: serde_json::Value = serde_json::from_slice(&plan.stdout).unwrap();
     assert!(plan["batch"] == 2 && plan["cache_bytes"].as_u64() > Some(1000), "{plan}");
     assert!(text(&with(&["--dry-run"]).stdout).contains(" bytes"));
+    // in 8 bits: the same plan, smaller; and what it costs
+    let int8 = felid(&[&batch[..], &["--dry-run", "--json", "--cache", "int8"]].concat());
+    let int8: serde_json::Value = serde_json::from_slice(&int8.stdout).unwrap();
+    assert!(int8["cache_bytes"].as_u64() < plan["cache_bytes"].as_u64(), "{int8} {plan}");
+    assert!(with(&["--cache", "int8"]).status.success());
+    fails(&[&base[..], &["--cache", "fp8"]].concat(), 2, &["--cache", "use plain or int8"]);
+    fails(&["bench", "generate", "--cache", "fp8"], 2, &["use plain or int8"]);
+    let cost = ["bench", "cache", "--model", &run, "--data", &path("text.txt"), "--windows", "2"];
+    let out = felid(&[&cost[..], &["--json"]].concat());
+    let rows: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap_or_else(|_| panic!("{}", text(&out.stderr)));
+    let rows = rows.as_array().unwrap();
+    assert_eq!(rows.iter().map(|r| r["chunk_size"].as_u64().unwrap()).collect::<Vec<_>>(), [4, 8]);
+    assert!(rows.iter().all(|r| r["int8"]["tokens"] == r["plain"]["tokens"] && r["int8"]["loss"].as_f64() > Some(0.0)));
+    assert!(text(&felid(&cost).stdout).contains("same choice"));
+    fails(&[&cost[..], &["--chunk-sizes", "3"]].concat(), 1, &["chunk size 3"]);
+    fails(&[&cost[..], &["--seq-len", "65"]].concat(), 1, &["block_size"]);
+    fails(&[&cost[..], &["--windows", "0"]].concat(), 2, &["windows"]);
     for (line, code, parts) in [
         (r#"{"prompt": "x", "chunk_size": 3}"#, 1, ["request 1", "chunk size 3"]),
         (r#"{"prompt": ""}"#, 1, ["request 1", "prompt is empty"]),

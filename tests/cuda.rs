@@ -221,8 +221,9 @@ fn moves_are_exact() {
     let ids: Vec<i64> = (0..6 * 33 * 40).collect();
     let ids = Tensor::ids(&ids, &[6, 33, 40]).unwrap();
     let floats = FLOATS.map(|d| ops::cast_tensor(&wave(&[6, 33, 40], 9), d).unwrap());
+    let eights = Tensor::from_vec((0..6 * 33 * 40).map(|i| (i % 251) as i8).collect(), &[6, 33, 40]).unwrap();
     let bytes = |t: &Tensor| (t.shape().to_vec(), t.to_le_bytes().unwrap());
-    for whole in floats.iter().chain([&ids]) {
+    for whole in floats.iter().chain([&ids, &eights]) {
         let there = whole.to_device(cuda).unwrap();
         for (n, lay) in VIEWS.iter().enumerate() {
             let (a, b) = (lay(whole).unwrap(), lay(&there).unwrap());
@@ -244,10 +245,12 @@ fn moves_are_exact() {
             same("write_rows", &|t| {
                 let &[h, r, d] = t.shape() else { unreachable!() };
                 let rows = t.reshape(&[1, h, r, d])?;
-                let mut cache = Tensor::from_vec(vec![7i64; h * (r + 5) * d], &[h, r + 5, d])?;
-                if t.dtype() != DType::I64 {
-                    cache = Tensor::full(7.0, cache.shape(), t.dtype(), Device::Cpu)?;
-                }
+                let (n, shape) = (h * (r + 5) * d, [h, r + 5, d]);
+                let cache = match t.dtype() {
+                    DType::I64 => Tensor::from_vec(vec![7i64; n], &shape)?,
+                    DType::I8 => Tensor::from_vec(vec![7i8; n], &shape)?,
+                    float => Tensor::full(7.0, &shape, float, Device::Cpu)?,
+                };
                 let mut cache = cache.to_device(t.device())?.copy()?;
                 // here and there, as rows and as batches
                 let places = |of: &dyn Fn(usize) -> usize| ops::CacheRows::new((0..r).map(|i| 0..of(i) + 1).collect());

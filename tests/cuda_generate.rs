@@ -8,7 +8,7 @@ mod devices;
 
 use common::{KINDS, cast, chunk_size, ids, model};
 use felid::data::Tokenizer;
-use felid::generate::{Decoding, Generation, Generator, GeneratorOptions, Output, Request};
+use felid::generate::{CacheFormat, Decoding, Generation, Generator, GeneratorOptions, Output, Request};
 use felid::model::Cat;
 use felid::ops::Sampling;
 use felid::random::Philox;
@@ -68,23 +68,24 @@ fn runs_give_the_tokens_of_single_steps() {
             let m = model(kind, case).to_device(cuda).unwrap();
             let m = if case % 4 == 3 { cast(&m, DType::BF16) } else { m };
             let alone = case % 2 == 0;
+            let cache = if case % 3 == 2 { CacheFormat::Int8 } else { CacheFormat::Plain };
             let requests: Vec<Request> = (0..upto(3, draw)).map(|_| any_request(&m, draw)).collect();
             let requests = if alone { requests[..1].to_vec() } else { requests };
-            let want = outputs(&m, Decoding::Single, &requests);
+            let want = outputs(&m, Decoding::Single, cache, &requests);
             for decoding in [Decoding::Runs, Decoding::Graphs] {
-                assert_eq!(outputs(&m, decoding, &requests), want, "{kind:?} {case} {decoding:?} {requests:?}");
+                assert_eq!(outputs(&m, decoding, cache, &requests), want, "{kind:?} {case} {decoding:?} {requests:?}");
             }
         }
     }
 }
 
-fn generator(m: &Cat, decoding: Decoding) -> Generator {
-    let options = GeneratorOptions { decoding, ..Default::default() };
+fn generator(m: &Cat, decoding: Decoding, cache: CacheFormat) -> Generator {
+    let options = GeneratorOptions { decoding, cache, ..Default::default() };
     Generator::new(m).with_tokenizer(Tokenizer::Bytes).with_options(options)
 }
 
-fn outputs(m: &Cat, decoding: Decoding, requests: &[Request]) -> Vec<Output> {
-    generator(m, decoding).run(requests.to_vec()).unwrap()
+fn outputs(m: &Cat, decoding: Decoding, cache: CacheFormat, requests: &[Request]) -> Vec<Output> {
+    generator(m, decoding, cache).run(requests.to_vec()).unwrap()
 }
 
 /// What is done while a run is under way counts from the next token on.
@@ -104,7 +105,7 @@ fn runs_give_way() {
             let (first, second) = (request(3, draw), request(5, draw));
             let (after, chunk) = (upto(c.block_size - 6, draw), chunk_size(c, draw.next_u64() >> 8));
             let served = |decoding| {
-                let mut generation = generator(&m, decoding).start(vec![first.clone()]).unwrap();
+                let mut generation = generator(&m, decoding, CacheFormat::Plain).start(vec![first.clone()]).unwrap();
                 let mut outputs = vec![Output::default(); 2];
                 serve(&mut generation, &mut outputs, after);
                 if let Some(chunk) = chunk {

@@ -8,7 +8,7 @@ use common::{KINDS, Kind, cast, chunk_size, config, ids, model, model_of, relati
 use felid::autograd::{GradCheck, Gradients, Tape, Var, check_gradients, no_grad};
 use felid::eval::parity::evaluate;
 use felid::generate::{Request, generate};
-use felid::model::{Cat, ForwardOptions, IGNORE_INDEX, ModelType, Prompt, TransformerConfig};
+use felid::model::{CacheFormat, Cat, ForwardOptions, IGNORE_INDEX, ModelType, Prompt, TransformerConfig};
 use felid::ops::{self, argmax};
 use felid::random::below_at;
 use felid::tensor::{DType, Tensor};
@@ -112,8 +112,8 @@ proptest! {
                 prompts.iter().zip(draw..).map(|(&p, s)| ids(c, 1, p, s).to_vec().unwrap()).collect();
             let sizes: Vec<_> =
                 chunks.iter().zip(&prompts).map(|(&chunk, &p)| m.cache_size(chunk, p, c.block_size).unwrap()).collect();
-            let mut cache = m.cache(sizes.iter().copied().sum()).unwrap();
-            prop_assert_eq!(cache.bytes() as u128, m.cache_bytes(sizes.iter().copied().sum()));
+            let mut cache = m.cache(sizes.iter().copied().sum(), CacheFormat::Plain).unwrap();
+            prop_assert_eq!(cache.bytes() as u128, m.cache_bytes(sizes.iter().copied().sum(), CacheFormat::Plain));
             let kept: Vec<_> = sizes.iter().map(|s| cache.reserve(*s).unwrap()).collect();
             let prompt = |r: usize| Prompt { text: kept[r], ids: &texts[r], chunk_size: chunks[r] };
             let mut next = m.prefill(&mut cache, &(0..b).map(prompt).collect::<Vec<_>>()).unwrap();
@@ -318,8 +318,12 @@ fn the_cache_is_as_small_as_the_spec_says() {
     let size = m.cache_size(Some(16), 100, 1024).unwrap();
     assert!(size.rows <= 64 + 16 + 2, "{size:?}");
     let width = c.decoder.kv_heads() * c.decoder.head_dim() * 2 * 4;
-    assert_eq!(m.cache_bytes(size), (c.decoder.n_layer * size.rows * width) as u128);
-    assert_eq!(m.cache(size).unwrap().bytes() as u128, m.cache_bytes(size));
+    let bytes = |format| (m.cache(size, format).unwrap().bytes() as u128, m.cache_bytes(size, format));
+    let plain = (c.decoder.n_layer * size.rows * width) as u128;
+    assert_eq!(bytes(CacheFormat::Plain), (plain, plain));
+    // a byte an element, and four a row and head
+    let int8 = plain / 4 + (c.decoder.n_layer * size.rows * c.decoder.kv_heads() * 2 * 4) as u128;
+    assert_eq!(bytes(CacheFormat::Int8), (int8, int8));
     // a text that never sees the end of its block needs no room for it
     assert_eq!(m.cache_size(Some(16), 64, 67).unwrap().rows, 4 + 2 + 3);
 }
@@ -351,7 +355,8 @@ fn wrong_calls_are_errors() {
         }
 
         // room for one more token than the prompts'
-        let mut cache = m.cache((0..2).map(|_| m.cache_size(None, n - 2, n - 1).unwrap()).sum()).unwrap();
+        let size = (0..2).map(|_| m.cache_size(None, n - 2, n - 1).unwrap()).sum();
+        let mut cache = m.cache(size, CacheFormat::Plain).unwrap();
         let kept = [0, 1].map(|_| cache.reserve(m.cache_size(None, n - 2, n - 1).unwrap()).unwrap());
         assert!(cache.reserve(m.cache_size(None, 1, 1).unwrap()).is_none());
         let short = text.narrow(1, 0, n - 2).unwrap().to_vec::<i64>().unwrap();
@@ -389,7 +394,7 @@ fn caches_of_other_models_are_errors() {
         model_of(c, 0)
     };
     let (dense, adaptive) = (like(Kind::Dense, 2), like(Kind::Adaptive, 2));
-    let mut cache = dense.cache(dense.cache_size(None, 1, 64).unwrap()).unwrap();
+    let mut cache = dense.cache(dense.cache_size(None, 1, 64).unwrap(), CacheFormat::Plain).unwrap();
     let text = cache.reserve(dense.cache_size(None, 1, 64).unwrap()).unwrap();
     let prompt = [Prompt { text, ids: &[1, 2, 3], chunk_size: None }];
     dense.prefill(&mut cache, &prompt).unwrap();

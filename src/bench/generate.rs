@@ -1,7 +1,7 @@
 //! `felid bench generate`: greedy generation with the cache, as a user gets it, and a peer's beside it.
 
 use super::{Machine, Spread};
-use crate::generate::{Decoding, Generator, GeneratorOptions, MemoryPlan, Request};
+use crate::generate::{CacheFormat, Decoding, Generator, GeneratorOptions, MemoryPlan, Request};
 use crate::model::{Cat, ModelConfig};
 use crate::ops::cast_tensor;
 use crate::random;
@@ -30,6 +30,8 @@ pub struct GenerateBench {
     pub dtype: DType,
     /// How tokens follow one another on a CUDA device.
     pub decoding: Decoding,
+    /// How keys and values are kept.
+    pub cache: CacheFormat,
 }
 
 /// One chunk size.
@@ -88,8 +90,8 @@ pub fn bench_generate(
         *p.value_mut() = cast_tensor(p.value(), settings.dtype)?;
     }
     let model = model.to_device(device)?;
-    let generator =
-        Generator::new(&model).with_options(GeneratorOptions { decoding: settings.decoding, ..Default::default() });
+    let (decoding, cache) = (settings.decoding, settings.cache);
+    let generator = Generator::new(&model).with_options(GeneratorOptions { decoding, cache, ..Default::default() });
     let mut rows = Vec::new();
     for &chunk in &settings.chunk_sizes {
         let request = |row: usize| Request {
@@ -147,7 +149,7 @@ fn floor(model: &Cat, s: &GenerateBench, chunk: usize, machine: &Machine) -> Res
     let size = s.dtype.size() as f64;
     let mut seconds = 0.0;
     for n in s.prompt + 1..s.tokens {
-        let cache = s.batch as f64 * model.cache_bytes(model.cache_size(chunk_size, n, n)?) as f64;
+        let cache = s.batch as f64 * model.cache_bytes(model.cache_size(chunk_size, n, n)?, s.cache) as f64;
         let filled = compressor > 0 && n % chunk == 0;
         // the adaptive model runs a row more for each chunk that is full
         let products =

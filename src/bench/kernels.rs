@@ -3,6 +3,7 @@
 use super::machine::{random_tensor, time};
 use super::{Machine, Spread};
 use crate::autograd::{Gradients, Var, no_grad};
+use crate::model::CacheFormat;
 use crate::ops::{self, AdamWParam, AdamWSettings};
 use crate::random;
 use crate::tensor::{DType, Device, Tensor};
@@ -88,8 +89,11 @@ pub fn bench_kernels(s: KernelsBench, device: Device, peer: Option<(String, Stri
         rows.push(adamw(&s, &machine, device)?);
     }
     for (batch, keys) in [(320, 145), (320, 275), (1, 145), (1, 275), (1, 4096)] {
-        if wanted("cached_attention") {
-            rows.push(cached_attention(&s, &machine, device, batch, keys)?);
+        for format in [CacheFormat::Plain, CacheFormat::Int8] {
+            let op = cached_attention_name(format);
+            if wanted(op) {
+                rows.push(cached_attention(&s, &machine, device, (batch, keys, format))?);
+            }
         }
     }
     Ok(KernelsReport { machine, settings: s, rows, peer })
@@ -275,11 +279,24 @@ fn adamw(s: &KernelsBench, machine: &Machine, device: Device) -> Result<KernelRo
     })
 }
 
+fn cached_attention_name(format: CacheFormat) -> &'static str {
+    match format {
+        CacheFormat::Plain => "cached_attention",
+        CacheFormat::Int8 => "cached_attention_int8",
+    }
+}
+
 /// A step of decoding: a row each of `batch` texts against its `keys` in a cache, which is read once. Calls go through a
 /// cache too large for an L2.
-fn cached_attention(s: &KernelsBench, machine: &Machine, device: Device, batch: usize, keys: usize) -> Result<KernelRow> {
+fn cached_attention(
+    s: &KernelsBench,
+    machine: &Machine,
+    device: Device,
+    (batch, keys, format): (usize, usize, CacheFormat),
+) -> Result<KernelRow> {
     let (heads, d, batch) = (s.dim / s.head_dim.min(s.dim), s.head_dim.min(s.dim), batch.min(s.rows));
-    let (row, all) = (heads * d * s.dtype.size(), batch * keys);
+    // bytes of a new row, and of one that is kept
+    let (new, row, all) = (heads * d * s.dtype.size(), format.row_bytes(heads, d, s.dtype), batch * keys);
     let sets = (128usize << 20) / (2 * all * row) + 1;
     let q = random_tensor(&[batch, heads, 1, d], s.dtype, device, 1)?;
     let [k, v] = [
@@ -288,13 +305,24 @@ fn cached_attention(s: &KernelsBench, machine: &Machine, device: Device, batch: 
     ];
     let seen = |set: usize| (0..batch).map(|r| set * all + r * keys..set * all + (r + 1) * keys).collect();
     let rows = (0..sets).map(|set| ops::CacheRows::new(seen(set))).collect::<Result<Vec<_>>>()?;
-    let run = |i: usize| ops::cached_attention(&q, &k, &v, &rows[i % sets], (d as f64).powf(-0.5)).map(drop);
-    (0..sets).try_for_each(run)?; // places go to the device once
+    let scale = (d as f64).powf(-0.5);
+    let run: Box<dyn Fn(usize) -> Result<()>> = match format {
+        CacheFormat::Plain => Box::new(move |i| ops::cached_attention(&q, &k, &v, &rows[i % sets], scale).map(drop)),
+        CacheFormat::Int8 => {
+            let shape = [heads, sets * all, d];
+            let [mut k8, mut v8] = [ops::Int8Rows::zeros(shape, device)?, ops::Int8Rows::zeros(shape, device)?];
+            let places = ops::CacheRows::new((0..sets * all).map(|i| i..i + 1).collect())?;
+            let [k, v] = [k.reshape(&[1, heads, sets * all, d])?, v.reshape(&[1, heads, sets * all, d])?];
+            ops::write_int8_rows([&mut k8, &mut v8], [&k, &v], &places)?;
+            Box::new(move |i| ops::cached_attention_int8(&q, &k8, &v8, &rows[i % sets], scale).map(drop))
+        }
+    };
+    (0..sets).try_for_each(&run)?; // places go to the device once
     let forward = time(device, 3, s.runs, run)?;
-    let bytes = (2 * row * (all + batch)) as f64;
+    let bytes = (2 * (row * all + new * batch)) as f64;
     let share = 1e3 * bytes / machine.copy_bytes_per_s / forward.median_ms;
     Ok(KernelRow {
-        op: format!("cached_attention of {batch} rows to {keys} keys each"),
+        op: format!("{} of {batch} rows to {keys} keys each", cached_attention_name(format)),
         forward,
         forward_backward: None,
         bytes: [bytes, bytes],

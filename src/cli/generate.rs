@@ -3,7 +3,7 @@
 use super::{Compute, parse_dtype, print};
 use clap::{ArgGroup, Args};
 use felid::data::Tokenizer;
-use felid::generate::{Decoding, Finish, Generation, Generator, GeneratorOptions, MemoryPlan, Output, Request};
+use felid::generate::{CacheFormat, Decoding, Finish, Generation, Generator, GeneratorOptions, MemoryPlan, Output, Request};
 use felid::model::{ModelConfig, load};
 use felid::ops::{LogProbs, Sampling};
 use felid::tensor::{DType, Device};
@@ -35,6 +35,10 @@ pub struct Generate {
     /// How tokens follow one another on a CUDA device: graphs, runs or single (for comparisons; the tokens are the same)
     #[arg(long, default_value = "graphs", value_name = "HOW")]
     decoding: Decoding,
+    /// How keys and values are kept: plain, in the weights' dtype, or int8, in about half of 16 bits and a little less exact
+    /// (`felid bench cache` measures how much)
+    #[arg(long, default_value = "plain", value_name = "FORMAT")]
+    cache: CacheFormat,
     #[command(flatten)]
     settings: Settings,
     /// Print the prompt before its continuation
@@ -268,7 +272,8 @@ impl Generate {
                 (request, _) => request?,
             });
         }
-        let options = GeneratorOptions { max_batch: self.max_batch, decoding: self.decoding, ..Default::default() };
+        let (max_batch, decoding, cache) = (self.max_batch, self.decoding, self.cache);
+        let options = GeneratorOptions { max_batch, decoding, cache, ..Default::default() };
         let generator = Generator::new(&model).with_tokenizer(tokenizer.clone()).with_options(options);
         if self.dry_run {
             return self.show_plan(generator.plan(&requests)?);

@@ -43,7 +43,7 @@ enum Command {
     Convert(convert::Convert),
     /// Turn text into token shards, training a tokenizer if wanted
     Tokenize(tokenize::Tokenize),
-    /// Measure speed
+    /// Measure speed, and what a smaller cache costs
     Bench(bench::Bench),
     /// What this machine offers and what is missing
     Doctor(doctor::Doctor),

@@ -52,8 +52,9 @@ kernels! {
     attention_sm90_rows: ["bf16" "f16"] ["HEAD_DIM=64" "HEAD_DIM=128"] => attention_backward_rows_sm90;
     attention_sm90_keys: ["bf16" "f16"] ["HEAD_DIM=64" "HEAD_DIM=128" "WARPGROUPS=3"] => attention_backward_keys_sm90;
     attention_sum: ["float" "bf16" "f16"] [] => attention_backward_sum;
-    cached_attention: ["float" "bf16" "f16"] ["CASE=0" "CASE=1" "CASE=2" "CASE=3" "CASE=4" "CASE=5"] => cached_attention_one,
-        cached_attention_two, cached_attention_four, cached_attention_wide, cached_attention_join;
+    cached_attention: ["float" "bf16" "f16"] ["CASE=0" "CASE=1" "CASE=2" "CASE=3" "CASE=4" "CASE=5" "CASE=6" "CASE=7" "CASE=8"
+        "CASE=9" "CASE=10" "CASE=11"] => cached_attention_one, cached_attention_two, cached_attention_four,
+        cached_attention_wide, cached_attention_join;
     cached_step: ["float" "bf16" "f16"] ["CASE=1" "CASE=3" "CASE=5"] => cached_step_one, cached_step_four, cached_step_wide;
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
     adamw: ["float" "bf16" "f16"] [] => adamw_squares, adamw_norm, adamw_update;
@@ -71,11 +72,11 @@ kernels! {
         rms_norm_weight;
     rope: ["float" "bf16" "f16"] [] => rope_packed, rope_single;
     swiglu: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => swiglu, swiglu_backward;
-    copy: ["float" "bf16" "f16" "i64"] [] => copy_strided, copy_packed, copy_transposed;
+    copy: ["float" "bf16" "f16" "i64" "i8"] [] => copy_strided, copy_packed, copy_transposed;
     elementwise: ["float" "bf16" "f16"] [] => binary, binary_packed, unary, unary_packed, add_to_same, add_to_float,
         add_to_same_packed, add_to_float_packed;
     few_rows: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => few_rows, few_rows_gated;
-    gather: ["float" "bf16" "f16" "i64"] [] => gather, gather_packed;
+    gather: ["float" "bf16" "f16" "i64" "i8"] [] => gather, gather_packed;
     interpolate: ["float" "bf16" "f16"] [] => interpolate_last, interpolate, interpolate_packed;
     max: ["float" "bf16" "f16"] [] => max_forward, max_backward;
     reduce: ["float" "bf16" "f16"] [] => sum_rows, sum_rows_partial, sum_rows_finish, sum_columns, sum_columns_partial,
@@ -83,7 +84,8 @@ kernels! {
     sample: ["float" "bf16" "f16"] [] => sample, sample_greedy, penalize, log_probs;
     scatter: ["float" "bf16" "f16"] [] => scatter_add, scatter_add_float, scatter_add_packed, scatter_add_float_packed;
     softmax: ["float" "bf16" "f16"] [] => softmax_forward, softmax_backward;
-    write_rows: ["float" "bf16" "f16" "i64"] [] => write_rows, write_rows_packed;
+    write_int8_rows: ["float" "bf16" "f16"] [] => write_int8_rows;
+    write_rows: ["float" "bf16" "f16" "i64" "i8"] [] => write_rows, write_rows_packed;
     gemm: ["bf16" "f16"] ["GEMM=0" "GEMM=1" "GEMM=2" "GEMM=3" "GEMM=4" "GEMM=5" "GEMM=6" "GEMM=7"] =>
         gemm_128x256, gemm_128x128, gemm_64x64, gemm_any, gemm_sum;
     gemm_f32: ["float"] ["GEMM=0" "GEMM=1" "GEMM=2" "GEMM=3"] => gemm_128x128, gemm_64x64, gemm_any, gemm_sum;

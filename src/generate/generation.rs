@@ -147,7 +147,7 @@ impl Generation {
         let (size, plan) = generator.sized(&requests)?;
         let rows: Vec<Row> = requests.into_iter().map(|r| Row::new(generator, r)).collect::<Result<_>>()?;
         Ok(Self {
-            cache: generator.model.cache(size)?,
+            cache: generator.model.cache(size, generator.options.cache)?,
             generator: generator.clone(),
             size,
             plan,
@@ -232,7 +232,7 @@ impl Generation {
     }
 
     fn no_room(&self, need: CacheSize) -> Error {
-        let (need, all) = (self.generator.model.cache_bytes(need), self.plan.cache_bytes);
+        let (need, all) = (self.generator.cache_bytes(need), self.plan.cache_bytes);
         Error::Usage(format!(
             "this needs {need} bytes of a cache of {all}, which has no such room: wait for others to end, or start with more"
         ))

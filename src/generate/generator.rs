@@ -4,7 +4,7 @@ use super::generation::Generation;
 use super::lookahead::Decoding;
 use super::request::{Output, Request};
 use crate::data::Tokenizer;
-use crate::model::{CacheSize, Cat};
+use crate::model::{CacheFormat, CacheSize, Cat};
 use crate::{Error, Result};
 use serde::Serialize;
 
@@ -20,6 +20,8 @@ pub struct GeneratorOptions {
     pub vocab_limit: Option<usize>,
     /// How tokens follow one another on a CUDA device.
     pub decoding: Decoding,
+    /// How keys and values are kept.
+    pub cache: CacheFormat,
 }
 
 /// Continues prompts. Cloning is cheap, and one generator may serve several threads: each [`Generation`] has a cache of its
@@ -106,7 +108,7 @@ impl Generator {
         let needs: Vec<CacheSize> = requests.iter().map(|r| r.cache_size(&self.model)).collect::<Result<_>>()?;
         let batch = self.options.max_batch.unwrap_or(usize::MAX).min(needs.len());
         let size = largest(&needs, batch);
-        let bytes = self.model.cache_bytes(size);
+        let bytes = self.cache_bytes(size);
         let room = self.options.cache_bytes.or_else(|| self.model.device().free_memory());
         if let Some(room) = room
             && bytes > room as u128
@@ -118,9 +120,12 @@ impl Generator {
         Ok((size, MemoryPlan { batch, cache_bytes, weight_bytes: weights }))
     }
 
+    pub(super) fn cache_bytes(&self, size: CacheSize) -> u128 {
+        self.model.cache_bytes(size, self.options.cache)
+    }
     /// The error for a batch that does not fit: which rows do.
     fn too_large(&self, needs: &[CacheSize], batch: usize, room: usize) -> Error {
-        let bytes = |size: CacheSize| self.model.cache_bytes(size);
+        let bytes = |size: CacheSize| self.cache_bytes(size);
         let all = bytes(largest(needs, batch));
         if let Some(row) = needs.iter().position(|n| bytes(*n) > room as u128) {
             let need = bytes(needs[row]);

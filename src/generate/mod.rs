@@ -20,6 +20,7 @@ pub use generator::{Generator, GeneratorOptions, MemoryPlan};
 pub use lookahead::Decoding;
 pub use request::{Event, Finish, Output, Request};
 
+pub use crate::model::CacheFormat;
 use crate::model::Cat;
 use crate::tensor::Tensor;
 use crate::{Error, Result};

@@ -6,7 +6,7 @@
 
 use super::cat::Cat;
 use super::config::{LayerType, ModelConfig, ModelType};
-use super::kv_cache::LayerCache;
+use super::kv_cache::{CacheFormat, LayerCache};
 use super::plan::ChunkPlan;
 use crate::autograd::Var;
 use crate::memory::{Category, counted_as};
@@ -117,14 +117,13 @@ impl Cat {
         })
     }
     /// Bytes of a cache of this size.
-    pub fn cache_bytes(&self, size: CacheSize) -> u128 {
-        let elements: u128 = self.decoder.blocks.iter().map(|b| b.cache_elements(size)).sum();
-        elements * self.output.value().dtype().size() as u128
+    pub fn cache_bytes(&self, size: CacheSize, format: CacheFormat) -> u128 {
+        self.decoder.blocks.iter().map(|b| b.cache_bytes(size, format)).sum()
     }
     /// An empty cache of this size. Errors where there is not enough memory.
-    pub fn cache(&self, size: CacheSize) -> Result<Cache> {
+    pub fn cache(&self, size: CacheSize, format: CacheFormat) -> Result<Cache> {
         let layers = counted_as(Category::Cache, || {
-            self.decoder.blocks.iter().map(|b| b.new_cache(size)).collect::<Result<Vec<_>>>()
+            self.decoder.blocks.iter().map(|b| b.new_cache(size, format)).collect::<Result<Vec<_>>>()
         })?;
         let [rows, layer_rows, open] = [size.rows, size.layer_rows, size.open_rows].map(Runs::new);
         Ok(Cache { layers, texts: vec![], rows, layer_rows, open, rope: self.rope(&[])?, projections: BTreeMap::new() })

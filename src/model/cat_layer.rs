@@ -2,7 +2,7 @@
 
 use super::cache::CacheSize;
 use super::config::{CAT_LAYER_HEAD_DIM, ModelConfig};
-use super::kv_cache::{CachedPass, CatLayerCache, LayerCache};
+use super::kv_cache::{CacheFormat, CachedPass, CatLayerCache, LayerCache};
 use super::layers::{Attention, AttentionShape, Pass, linear_init};
 use super::param::{Builder, Init, Param};
 use super::plan::ChunkPlan;
@@ -70,14 +70,14 @@ impl CatLayer {
         ops::linear(&y, &self.final_proj, None)
     }
 
-    pub fn new_cache(&self, size: CacheSize) -> Result<LayerCache> {
+    pub fn new_cache(&self, size: CacheSize, format: CacheFormat) -> Result<LayerCache> {
         let like = self.expand.value();
         let open = Tensor::zeros(&[1, size.open_rows, like.dim(1)], like.dtype(), like.device())?;
-        Ok(LayerCache::Cat(CatLayerCache { kv: self.attention.new_cache(size.layer_rows)?, open }))
+        Ok(LayerCache::Cat(CatLayerCache { kv: self.attention.new_cache(size.layer_rows, format)?, open }))
     }
-    pub fn cache_elements(&self, size: CacheSize) -> u128 {
-        let (row, open) = (self.attention.row_elements() as u128, self.expand.shape()[1] as u128);
-        row * size.layer_rows as u128 + open * size.open_rows as u128
+    pub fn cache_bytes(&self, size: CacheSize, format: CacheFormat) -> u128 {
+        let (row, like) = (self.attention.row_bytes(format) as u128, self.expand.value());
+        row * size.layer_rows as u128 + (like.dim(1) * like.dtype().size()) as u128 * size.open_rows as u128
     }
 
     /// New rows x: whole prompts `[B, n, dim]`, or the newest tokens of any texts, `[1, R, dim]`.

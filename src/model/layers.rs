@@ -3,7 +3,7 @@
 use super::cache::CacheSize;
 use super::cat_layer::CatLayer;
 use super::config::{LayerType, ModelConfig, TransformerConfig};
-use super::kv_cache::{KvCache, LayerCache};
+use super::kv_cache::{CacheFormat, KvCache, LayerCache};
 use super::param::{Builder, Init, Param};
 use super::plan::ChunkPlan;
 use crate::Result;
@@ -109,12 +109,12 @@ impl Attention {
         ops::reshape(&mixed, &[b, l, self.shape.heads * self.shape.head_dim])
     }
 
-    pub fn new_cache(&self, rows: usize) -> Result<KvCache> {
-        KvCache::new(self.shape.kv_heads, rows, self.shape.head_dim, self.wqkv.value())
+    pub fn new_cache(&self, rows: usize, format: CacheFormat) -> Result<KvCache> {
+        KvCache::new([self.shape.kv_heads, rows, self.shape.head_dim], format, self.wqkv.value())
     }
-    /// Elements of the keys and values of one row.
-    pub fn row_elements(&self) -> usize {
-        2 * self.shape.kv_heads * self.shape.head_dim
+    /// Bytes of the keys and values of one row.
+    pub fn row_bytes(&self, format: CacheFormat) -> usize {
+        format.row_bytes(2 * self.shape.kv_heads, self.shape.head_dim, self.wqkv.value().dtype())
     }
 
     pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Param>) {
@@ -275,17 +275,17 @@ impl Block {
     }
 
     /// An empty cache for this block.
-    pub fn new_cache(&self, size: CacheSize) -> Result<LayerCache> {
+    pub fn new_cache(&self, size: CacheSize, format: CacheFormat) -> Result<LayerCache> {
         match &self.mixer {
-            Mixer::Dense(a) => Ok(LayerCache::Kv(a.new_cache(size.rows)?)),
-            Mixer::Cat(c) => c.new_cache(size),
+            Mixer::Dense(a) => Ok(LayerCache::Kv(a.new_cache(size.rows, format)?)),
+            Mixer::Cat(c) => c.new_cache(size, format),
         }
     }
-    /// Elements that it holds.
-    pub fn cache_elements(&self, size: CacheSize) -> u128 {
+    /// Bytes that it holds.
+    pub fn cache_bytes(&self, size: CacheSize, format: CacheFormat) -> u128 {
         match &self.mixer {
-            Mixer::Dense(a) => a.row_elements() as u128 * size.rows as u128,
-            Mixer::Cat(c) => c.cache_elements(size),
+            Mixer::Dense(a) => a.row_bytes(format) as u128 * size.rows as u128,
+            Mixer::Cat(c) => c.cache_bytes(size, format),
         }
     }
 }

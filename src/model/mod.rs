@@ -28,5 +28,6 @@ pub use checkpoint::{Checkpoint, FolderFormat, load, load_config, rename, save, 
 pub use config::{
     CAT_LAYER_HEAD_DIM, ChunkSizes, LayerType, ModelConfig, ModelType, PRESETS, TransformerConfig, swiglu_width,
 };
+pub use kv_cache::CacheFormat;
 pub use param::{Builder, Init, Param};
 pub use plan::ChunkPlan;

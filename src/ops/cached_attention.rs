@@ -1,13 +1,16 @@
 //! Attention of new rows to what a cache keeps: decoding, of many texts at once and each of its own length. Has no
 //! gradient.
 
-use super::elementwise::same_dtype;
+use super::Int8Rows;
+use super::elementwise::{same_device, same_dtype};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
 #[cfg(feature = "cuda")]
 use std::sync::{Mutex, OnceLock};
+
+const OP: &str = "cached_attention";
 
 /// Where new rows lie in a cache, and what they see of it. Cloning is cheap.
 ///
@@ -43,10 +46,10 @@ impl CacheRows {
     /// where launches are recorded once and run again. What is computed does not depend on it, in any bit.
     pub fn within(most: usize, seen: Vec<Range<usize>>) -> Result<Self> {
         if let Some(r) = seen.iter().position(|s| s.len() > most) {
-            return Err(Error::shape("cached_attention", format!("row {r} sees {:?}, more than {most} rows", seen[r])));
+            return Err(Error::shape(OP, format!("row {r} sees {:?}, more than {most} rows", seen[r])));
         }
         if let Some(r) = seen.iter().position(|s| s.start >= s.end) {
-            return Err(Error::shape("cached_attention", format!("row {r} sees nothing, not even itself: {:?}", seen[r])));
+            return Err(Error::shape(OP, format!("row {r} sees nothing, not even itself: {:?}", seen[r])));
         }
         let least = seen.iter().map(|s| s.end).max().unwrap_or(0);
         #[cfg(feature = "cuda")]
@@ -113,9 +116,24 @@ impl CacheRows {
 /// H is a multiple of Hkv; query head h reads key head `h / (H/Hkv)`. Arithmetic runs in f32 (f64 for f64) and rounds
 /// once. A row's result does not depend on the other rows, in any bit.
 pub fn cached_attention(q: &Tensor, k: &Tensor, v: &Tensor, rows: &CacheRows, scale: f64) -> Result<Tensor> {
-    const OP: &str = "cached_attention";
-    let (qs, ks) = (q.shape(), k.shape());
     same_dtype(OP, &[q, k, v])?;
+    check(q, k, v, rows)?;
+    let (q, k, v) = (q.dense_rows()?, k.dense_rows()?, v.dense_rows()?);
+    on_device!(q.device(), cached_attention::forward(&q, &k, &v, rows, scale))
+}
+
+/// As [`cached_attention`] to keys and values that are kept in 8 bits: what is summed are the integers, each row's sum times
+/// its scale. Of the integers nothing is rounded; the result has the dtype of q.
+pub fn cached_attention_int8(q: &Tensor, k: &Int8Rows, v: &Int8Rows, rows: &CacheRows, scale: f64) -> Result<Tensor> {
+    same_device(OP, &[q, &k.numbers, &v.numbers])?;
+    check(q, &k.numbers, &v.numbers, rows)?;
+    let (q, k, v) = (q.dense_rows()?, k.dense()?, v.dense()?);
+    on_device!(q.device(), cached_attention::forward_int8(&q, &k, &v, rows, scale))
+}
+
+/// Shapes, and what each row sees; keys and values may be of another dtype.
+fn check(q: &Tensor, k: &Tensor, v: &Tensor, rows: &CacheRows) -> Result<()> {
+    let (qs, ks) = (q.shape(), k.shape());
     if !q.dtype().is_float() {
         return Err(Error::dtype(OP, format!("needs a float dtype, got {}", q.dtype())));
     }
@@ -126,9 +144,7 @@ pub fn cached_attention(q: &Tensor, k: &Tensor, v: &Tensor, rows: &CacheRows, sc
     if qs[1] != 0 && (ks[0] == 0 || qs[1] % ks[0] != 0) {
         return Err(Error::shape(OP, format!("{} query heads cannot share {} key heads evenly", qs[1], ks[0])));
     }
-    check_rows(OP, rows, qs[0] * qs[2], ks[1])?;
-    let (q, k, v) = (q.dense_rows()?, k.dense_rows()?, v.dense_rows()?);
-    on_device!(q.device(), cached_attention::forward(&q, &k, &v, rows, scale))
+    check_rows(OP, rows, qs[0] * qs[2], ks[1])
 }
 
 /// That there is a place for each of `n` rows, inside a cache of `room`.

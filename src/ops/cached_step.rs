@@ -1,7 +1,10 @@
 //! Attention of a step of decoding, from the fused projection on: QK-norm and RoPE, the new key and value into the cache, and
 //! what each row sees of it. Has no gradient.
 
-use super::{CacheRows, QkNorm, RopeTable, cached_attention, qk_norm_rope, write_row_pairs};
+use super::{
+    CacheRows, Int8Rows, QkNorm, RopeTable, cached_attention, cached_attention_int8, qk_norm_rope, write_int8_rows,
+    write_row_pairs,
+};
 use crate::Result;
 use crate::autograd::{Var, no_grad};
 use crate::tensor::Tensor;
@@ -67,7 +70,30 @@ pub(crate) fn step(
     no_grad(|| {
         let [q, new_k, new_v] = qk_norm_rope(&Var::constant(joint.clone()), heads, kv_heads, norm, table)?;
         write_row_pairs([&mut *k, &mut *v], [new_k.value(), new_v.value()], rows)?;
-        let y = cached_attention(q.value(), k, v, rows, scale)?.permute(&[0, 2, 1, 3])?;
-        y.reshape(&[y.dim(0), y.dim(1), y.dim(2) * y.dim(3)])
+        joined(&cached_attention(q.value(), k, v, rows, scale)?)
     })
+}
+
+/// As [`cached_step`] with caches in 8 bits, by [`write_int8_rows`] and [`cached_attention_int8`]: a row sees itself as it is
+/// kept.
+pub fn cached_step_int8(
+    joint: &Tensor,
+    (heads, kv_heads): (usize, usize),
+    norm: Option<QkNorm>,
+    table: &RopeTable,
+    [k, v]: [&mut Int8Rows; 2],
+    rows: &CacheRows,
+    scale: f64,
+) -> Result<Tensor> {
+    no_grad(|| {
+        let [q, new_k, new_v] = qk_norm_rope(&Var::constant(joint.clone()), heads, kv_heads, norm, table)?;
+        write_int8_rows([&mut *k, &mut *v], [new_k.value(), new_v.value()], rows)?;
+        joined(&cached_attention_int8(q.value(), k, v, rows, scale)?)
+    })
+}
+
+/// `[B, H, n, d]`, lying as `[B, n, H, d]` -> `[B, n, H d]`.
+fn joined(y: &Tensor) -> Result<Tensor> {
+    let y = y.permute(&[0, 2, 1, 3])?;
+    y.reshape(&[y.dim(0), y.dim(1), y.dim(2) * y.dim(3)])
 }

@@ -45,14 +45,15 @@ mod sample;
 mod shape;
 mod softmax;
 mod swiglu;
+mod write_int8_rows;
 mod write_rows;
 
 pub use adamw::{AdamWParam, AdamWSettings, adamw, adamw_step, global_norm};
 pub use assemble_blocks::assemble_blocks;
 pub use attention::{Mask, attention};
-pub use cached_attention::{CacheRows, cached_attention};
-pub use cached_step::cached_step;
+pub use cached_attention::{CacheRows, cached_attention, cached_attention_int8};
 pub(crate) use cached_step::step as settled_step;
+pub use cached_step::{cached_step, cached_step_int8};
 pub use cast::{cast, cast_tensor};
 pub use concat::concat;
 pub(crate) use concat::concat_tensors;
@@ -71,6 +72,7 @@ pub use sample::{Draw, LogProbs, Sampling, log_probs, sample};
 pub use shape::{contiguous, expand, narrow, permute, reshape, split, transpose};
 pub use softmax::{log_softmax, softmax};
 pub use swiglu::{swiglu, swiglu_linear};
+pub use write_int8_rows::{Int8Rows, write_int8_rows};
 pub use write_rows::{write_row_pairs, write_rows};
 
 use crate::autograd::Tape;

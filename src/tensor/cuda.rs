@@ -17,6 +17,7 @@ fn element(dtype: DType) -> Result<&'static str> {
         DType::BF16 => Ok("bf16"),
         DType::F16 => Ok("f16"),
         DType::I64 => Ok("i64"),
+        DType::I8 => Ok("i8"),
         DType::F64 => Err(Error::dtype("cuda", "f64 exists on the CPU only: cast to f32, bf16 or f16")),
     }
 }

@@ -20,6 +20,8 @@ pub enum DType {
     F64,
     /// 64-bit integer: token ids, labels, indices. Has no gradient.
     I64,
+    /// 8-bit integer: what a cache keeps of rows beside their scales. It is stored and moved, nothing computes in it.
+    I8,
 }
 
 impl DType {
@@ -29,11 +31,12 @@ impl DType {
             Self::F32 => 4,
             Self::BF16 | Self::F16 => 2,
             Self::F64 | Self::I64 => 8,
+            Self::I8 => 1,
         }
     }
     /// True for everything that has gradients.
     pub const fn is_float(self) -> bool {
-        !matches!(self, Self::I64)
+        !matches!(self, Self::I64 | Self::I8)
     }
 }
 
@@ -45,6 +48,7 @@ impl fmt::Display for DType {
             Self::F16 => "f16",
             Self::F64 => "f64",
             Self::I64 => "i64",
+            Self::I8 => "i8",
         })
     }
 }
@@ -58,6 +62,7 @@ impl std::str::FromStr for DType {
             "f16" | "float16" => Self::F16,
             "f64" | "float64" => Self::F64,
             "i64" | "int64" => Self::I64,
+            "i8" | "int8" => Self::I8,
             _ => return Err(crate::Error::Usage(format!("unknown dtype '{s}': use f32, bf16 or f16"))),
         })
     }
@@ -101,6 +106,8 @@ pub trait Real:
     const NEG_INFINITY: Self;
     /// The nearest value to x.
     fn of(x: f64) -> Self;
+    /// The same value.
+    fn of_i8(x: i8) -> Self;
     /// As f64, exactly.
     fn f64(self) -> f64;
     /// e^x. The f32 form is a polynomial that vectorises (2 ulp), since exponentials dominate softmax and SiLU.
@@ -118,7 +125,7 @@ pub trait Real:
 macro_rules! elements {
     ($($t:ty => $d:ident),*) => { $(impl Element for $t { const DTYPE: DType = DType::$d; })* };
 }
-elements!(f32 => F32, bf16 => BF16, f16 => F16, f64 => F64, i64 => I64);
+elements!(f32 => F32, bf16 => BF16, f16 => F16, f64 => F64, i64 => I64, i8 => I8);
 
 macro_rules! floats {
     ($($t:ty: $acc:ty, $x:ident => $to:expr, $y:ident => $from:expr);* $(;)?) => { $(
@@ -154,6 +161,8 @@ macro_rules! reals {
             const NEG_INFINITY: Self = $t::NEG_INFINITY;
             #[inline(always)]
             fn of(x: f64) -> Self { x as $t }
+            #[inline(always)]
+            fn of_i8(x: i8) -> Self { x.into() }
             #[inline(always)]
             fn f64(self) -> f64 { self as f64 }
             #[inline(always)]

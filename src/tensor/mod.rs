@@ -67,6 +67,10 @@ macro_rules! with_element {
                 type $t = i64;
                 $body
             }
+            $crate::tensor::DType::I8 => {
+                type $t = i8;
+                $body
+            }
             other => $crate::with_float!(other, $op, $t => $body),
         }
     };
@@ -428,6 +432,7 @@ impl std::fmt::Debug for Tensor {
         let more = if self.numel() > n { ", .." } else { "" };
         match (self.dtype, head) {
             (DType::I64, Ok(h)) => write!(f, ", {:?}{more})", h.to_vec::<i64>().unwrap_or_default()),
+            (DType::I8, Ok(h)) => write!(f, ", {:?}{more})", h.to_vec::<i8>().unwrap_or_default()),
             (_, Ok(h)) => write!(f, ", {:?}{more})", h.to_f32_vec().unwrap_or_default()),
             _ => write!(f, ")"),
         }

@@ -5,7 +5,7 @@ use crate::cli::print;
 use clap::Args;
 use felid::Result;
 use felid::bench::{GenerateBench, bench_generate};
-use felid::generate::Decoding;
+use felid::generate::{CacheFormat, Decoding};
 use felid::model::ModelConfig;
 
 #[derive(Args)]
@@ -31,6 +31,9 @@ pub struct Generate {
     /// How tokens follow one another on a CUDA device: graphs, runs or single
     #[arg(long, default_value = "graphs", value_name = "HOW")]
     decoding: Decoding,
+    /// How keys and values are kept: plain, in --dtype, or int8, in half of 16 bits
+    #[arg(long, default_value = "plain", value_name = "FORMAT")]
+    cache: CacheFormat,
     #[command(flatten)]
     output: Output,
 }
@@ -50,6 +53,7 @@ impl Generate {
             runs: self.runs,
             dtype: self.output.dtype,
             decoding: self.decoding,
+            cache: self.cache,
         };
         let peer = self.output.peer()?;
         self.output.show(&bench_generate(settings, device, peer)?, |report| {

@@ -1,6 +1,7 @@
 //! `felid bench`.
 
 mod attention;
+mod cache;
 mod cost;
 mod generate;
 mod kernels;
@@ -8,6 +9,7 @@ mod train;
 
 use super::{Compute, parse_dtype, print};
 use attention::Attention;
+use cache::Cache;
 use clap::{Args, Subcommand};
 use cost::Cost;
 use felid::Result;
@@ -19,7 +21,7 @@ use kernels::Kernels;
 use std::path::PathBuf;
 use train::Train;
 
-/// Measure speed.
+/// Measure speed, and what a smaller cache costs.
 #[derive(Args)]
 pub struct Bench {
     #[command(subcommand)]
@@ -32,6 +34,8 @@ enum What {
     Train(Train),
     /// Greedy generation with the cache
     Generate(Generate),
+    /// A cache in 8 bits against a plain one: held-out loss and bytes
+    Cache(Cache),
     /// Attention under the CAT mask at several chunk sizes, in the compressor, and dense causal
     Attention(Attention),
     /// A training step as sequences and models grow, in a table and a plot
@@ -76,6 +80,7 @@ impl Bench {
         match self.what {
             What::Train(t) => t.run(),
             What::Generate(g) => g.run(),
+            What::Cache(c) => c.run(),
             What::Attention(a) => a.run(),
             What::Cost(c) => c.run(),
             What::Kernels(k) => k.run(),

@@ -135,7 +135,7 @@ impl<'de> Deserialize<'de> for UniqueMap {
 /// Write tensors as one safetensors file, tensor by tensor, appearing whole or not at all.
 ///
 /// Wider elements come first, so that each tensor is aligned to its elements; otherwise the order given is kept, and
-/// equal arguments give equal bytes. Errors when a name occurs twice or is `__metadata__`, or when the file cannot be
+/// equal arguments give equal bytes. Read again, i8 is i64 as every smaller integer is. Errors when a name occurs twice or is `__metadata__`, or when the file cannot be
 /// written.
 pub fn write_safetensors(path: &Path, tensors: &[(&str, &Tensor)], metadata: &BTreeMap<String, String>) -> Result<()> {
     let mut tensors = tensors.to_vec();
@@ -170,6 +170,7 @@ fn header_json(tensors: &[(&str, &Tensor)], metadata: &BTreeMap<String, String>)
             DType::BF16 => Dtype::BF16,
             DType::F16 => Dtype::F16,
             DType::I64 => Dtype::I64,
+            DType::I8 => Dtype::I8,
         };
         let end = at + t.numel() * t.dtype().size();
         let info = TensorInfo { dtype, shape: t.shape().to_vec(), data_offsets: (at, end) };

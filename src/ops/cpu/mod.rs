@@ -25,6 +25,7 @@ pub mod rope;
 pub mod sample;
 pub mod softmax;
 pub mod swiglu;
+pub mod write_int8_rows;
 pub mod write_rows;
 
 /// Run `f` compiled for the widest vector instructions this CPU has (AVX2 + FMA, AVX-512, NEON).

@@ -31,4 +31,5 @@ mod rows;
 pub mod sample;
 pub mod softmax;
 pub mod swiglu;
+pub mod write_int8_rows;
 pub mod write_rows;

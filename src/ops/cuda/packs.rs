@@ -11,9 +11,14 @@ pub(super) fn pack(t: &Tensor) -> usize {
 
 /// True where every row of `t` (dense along the last dimension) begins and ends on 16 bytes.
 pub(super) fn in_packs(op: &'static str, t: &Tensor) -> Result<bool> {
-    let n = pack(t);
+    in_packs_of(16, op, t)
+}
+
+/// The same for packs of another number of bytes.
+pub(super) fn in_packs_of(bytes: usize, op: &'static str, t: &Tensor) -> Result<bool> {
+    let n = bytes / t.dtype().size();
     let outer = t.rows(op)?;
-    Ok(t.pointer()?.is_multiple_of(16)
+    Ok(t.pointer()?.is_multiple_of(bytes as u64)
         && t.last_dim().is_multiple_of(n)
         && outer.dims().all(|(_, stride)| stride.is_multiple_of(n)))
 }

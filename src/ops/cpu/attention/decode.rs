@@ -3,7 +3,7 @@
 use super::forward::{Input, Rows};
 use super::{store, zeros};
 use crate::ops::attention::Mask;
-use crate::ops::cpu::{dot, simd};
+use crate::ops::cpu::{dot, simd, sum_over};
 use crate::tensor::{Float, Real};
 
 /// With fewer query rows than this, transposing the keys would cost more than it saves.
@@ -36,12 +36,55 @@ pub(super) fn rows<T: Float>(x: &Input<T>, out: Rows<T>) {
     );
 }
 
+/// A row of keys or of values, as it is kept.
+pub(super) trait Kept<T: Float> {
+    /// `q . row`.
+    fn dot(&self, q: &[T]) -> T::Acc;
+    /// `y += p row`.
+    fn add_to(&self, y: &mut [T::Acc], p: T::Acc);
+}
+
+impl<T: Float> Kept<T> for &[T] {
+    #[inline(always)]
+    fn dot(&self, q: &[T]) -> T::Acc {
+        dot(q, self)
+    }
+    #[inline(always)]
+    fn add_to(&self, y: &mut [T::Acc], p: T::Acc) {
+        for (y, x) in y.iter_mut().zip(*self) {
+            *y = p.fma(x.to_acc(), *y);
+        }
+    }
+}
+
+/// 8-bit numbers, and what they are multiplied by.
+pub(super) struct Int8Row<'a> {
+    pub numbers: &'a [i8],
+    pub scale: f32,
+}
+
+impl<T: Float> Kept<T> for Int8Row<'_> {
+    #[inline(always)]
+    fn dot(&self, q: &[T]) -> T::Acc {
+        let (n, x) = (q.len().min(self.numbers.len()), self.numbers);
+        let (q, x) = (&q[..n], &x[..n]);
+        sum_over(n, |i| q[i].to_acc() * T::Acc::of_i8(x[i])) * T::Acc::of(self.scale.into())
+    }
+    #[inline(always)]
+    fn add_to(&self, y: &mut [T::Acc], p: T::Acc) {
+        let p = p * T::Acc::of(self.scale.into());
+        for (y, x) in y.iter_mut().zip(self.numbers) {
+            *y = p.fma(T::Acc::of_i8(*x), *y);
+        }
+    }
+}
+
 /// Query i against keys `0..end(i)`; `take(i, y, max, sum)` is given its unnormed result, largest score and sum.
-pub(super) fn stream<'a, T: Float>(
+pub(super) fn stream<T: Float, K: Kept<T>>(
     queries: &[&[T]],
     end: impl Fn(usize) -> usize,
-    k: impl Fn(usize) -> &'a [T],
-    v: impl Fn(usize) -> &'a [T],
+    k: impl Fn(usize) -> K,
+    v: impl Fn(usize) -> K,
     scale: T::Acc,
     mut take: impl FnMut(usize, &[T::Acc], T::Acc, T::Acc),
 ) {
@@ -62,7 +105,7 @@ pub(super) fn stream<'a, T: Float>(
                     let p = &mut p[..end - start];
                     let mut top = max[i];
                     for (p, j) in p.iter_mut().zip(start..) {
-                        *p = dot(q, k(j)) * scale;
+                        *p = k(j).dot(q) * scale;
                         top = p.maximum(top);
                     }
                     let shrink = (max[i] - top).exp();
@@ -76,9 +119,7 @@ pub(super) fn stream<'a, T: Float>(
                     }
                     for (p, j) in p.iter().zip(start..) {
                         sum[i] += *p;
-                        for (y, v) in y.iter_mut().zip(v(j)) {
-                            *y = p.fma(v.to_acc(), *y);
-                        }
+                        v(j).add_to(y, *p);
                     }
                 },
             )
