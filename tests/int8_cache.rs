@@ -9,7 +9,6 @@ mod devices;
 use agree::{FLOATS, agrees_with, one, wave};
 use common::rough::{U32, share};
 use common::{KINDS, Kind, cast, chunk_size, config, ids, model, model_of};
-use felid::Result;
 use felid::autograd::{Gradients, Var};
 use felid::data::Batch;
 use felid::eval::{cache_cost, quality};
@@ -19,6 +18,7 @@ use felid::model::formats::{read_safetensors, write_safetensors};
 use felid::ops::{self, CacheRows, Int8Rows, Mask, Sampling, cast_tensor};
 use felid::random::Philox;
 use felid::tensor::{DType, Device, Tensor};
+use felid::{Error, Result};
 use proptest::prelude::*;
 
 fn upto(n: usize, draw: &mut Philox) -> usize {
@@ -219,21 +219,41 @@ fn what_does_not_fit_is_refused() {
     assert!(Int8Rows::new(scales.clone(), numbers.clone()).is_err());
     assert!(Int8Rows::new(numbers.clone(), scales.narrow(1, 0, 2).unwrap()).is_err());
     assert!(Int8Rows::new(numbers.clone(), scales.clone()).is_ok());
-    // nothing computes in 8 bits
-    let eights = || Var::constant(numbers.clone());
-    assert!(ops::add(&eights(), &eights()).is_err() && ops::softmax(&eights()).is_err());
-    assert!(cast_tensor(&numbers, DType::F32).is_err() && cast_tensor(&q, DType::I8).is_err());
-    assert!(ops::linear(&eights(), &eights(), None).is_err());
-    assert!(ops::rms_norm(&eights(), &eights(), 1e-5).is_err() && ops::silu(&eights()).is_err());
-    assert!(ops::attention(&eights(), &eights(), &eights(), Mask::Causal, 0.5).is_err());
-    assert!(ops::cached_attention(&numbers.reshape(&[1, 2, 3, 4]).unwrap(), &numbers, &numbers, &rows(3), 0.5).is_err());
-    assert!(ops::argmax(&numbers).is_err() && numbers.to_f32_vec().is_err());
-    assert!(Tensor::full(1.0, &[2], DType::I8, Device::Cpu).is_err());
-    // it is moved, but no gradient comes back of it
-    let (tape, leaf, mut gradients) = (ops::tape(), Var::parameter(numbers.clone()), Gradients::default());
-    let moved = tape.record(|| ops::concat(&[&leaf, &leaf], 2)).unwrap();
-    assert_eq!(moved.value().narrow(2, 4, 4).unwrap().to_vec::<i8>().unwrap(), numbers.to_vec::<i8>().unwrap());
-    assert!(tape.backward(&moved, 1.0, &mut gradients).is_err() && gradients.is_empty());
+}
+
+/// Nothing computes in 8 bits. They are moved, but no gradient comes back of them.
+#[test]
+fn numbers_are_only_kept() {
+    for device in devices::cuda().into_iter().chain([Device::Cpu]) {
+        let x = Tensor::from_vec((-12..12).map(|i| 10 * i).collect::<Vec<i8>>(), &[1, 2, 3, 4]).unwrap();
+        let x = Var::constant(x.to_device(device).unwrap());
+        let (t, rows) = (x.value(), CacheRows::new((0..3).map(|i| 0..i + 1).collect()).unwrap());
+        let kept = t.reshape(&[2, 3, 4]).unwrap();
+        let floats = Tensor::zeros(&[1, 2, 3, 4], DType::F32, device).unwrap();
+        let weights = |shape: &[usize]| Var::constant(Tensor::zeros(shape, DType::I8, device).unwrap());
+        let refused: [(&str, Result<Var>); 12] = [
+            ("add", ops::add(&x, &x)),
+            ("silu", ops::silu(&x)),
+            ("softmax", ops::softmax(&x)),
+            ("sum", ops::sum(&x, &[3])),
+            ("max", ops::max(&x, &[3])),
+            ("linear", ops::linear(&x, &weights(&[4, 4]), None)),
+            ("rms_norm", ops::rms_norm(&x, &weights(&[4]), 1e-5)),
+            ("attention", ops::attention(&x, &x, &x, Mask::Causal, 0.5)),
+            ("cast", ops::cast(&x, DType::F32)),
+            ("cast to", ops::cast(&Var::constant(floats.clone()), DType::I8)),
+            ("interpolate", ops::interpolate(&x, 2, 5)),
+            ("cached_attention", ops::cached_attention(t, &kept, &kept, &rows, 0.5).map(Var::constant)),
+        ];
+        for (op, y) in refused {
+            assert!(matches!(y, Err(Error::DType { .. })), "{op} on {device}: {y:?}");
+        }
+        assert!(ops::argmax(t).is_err() && t.to_f32_vec().is_err() && Tensor::full(1.0, &[2], DType::I8, device).is_err());
+        let (tape, leaf, mut gradients) = (ops::tape(), Var::parameter(kept.clone()), Gradients::default());
+        let moved = tape.record(|| ops::concat(&[&leaf, &leaf], 2)).unwrap();
+        assert_eq!(moved.value().narrow(2, 4, 4).unwrap().to_vec::<i8>().unwrap(), t.to_vec::<i8>().unwrap());
+        assert!(tape.backward(&moved, 1.0, &mut gradients).is_err() && gradients.is_empty());
+    }
 }
 
 /// A file keeps them as they are; read again, they are i64 as every integer is.
