@@ -38,48 +38,63 @@ DEVICE float reciprocal_root(float x) {
   return y;
 }
 
-// The angles of a lane's columns, and the lane that has the other halves of its pairs. y = z c + other s.
+// The angles of a lane's columns, and the lane that has the other halves of its pairs. y = (z c + other s) rstd, with the norm's
+// weights in the angles: what qk_norm_rope.cu does, in every bit.
 struct Turn {
-  Floats<T> c, s;
+  Floats<float> c[P / 4], s[P / 4];
   int other;
+  bool turns;
 };
 DEVICE Turn turn_of(const float *angles, int x, int n) {
   const int half = n / 2, lane = threadIdx.x & 31;
   const bool first = x < half;
   Turn t;
 #pragma unroll
-  for (int j = 0; j < P; j++) t.c.x[j] = 1.0f, t.s.x[j] = 0.0f;
-  t.other = lane;
-  if (x >= n) return t;
+  for (int j = 0; j < P; j++) t.c[j / 4].x[j % 4] = 1.0f, t.s[j / 4].x[j % 4] = 0.0f;
+  t.other = lane, t.turns = x < n;
+  if (!t.turns) return t;
   t.other = first ? lane + half / P : lane - half / P;
   const float *cosines = angles + (first ? x : x - half), *sines = cosines + half;
 #pragma unroll
   for (int j = 0; j < P; j += 4) {
-    const Floats<float> c = unpacked<float>(load_words(cosines, j, P)), s = unpacked<float>(load_words(sines, j, P));
+    t.c[j / 4] = unpacked<float>(load_words(cosines, j, P)), t.s[j / 4] = unpacked<float>(load_words(sines, j, P));
 #pragma unroll
-    for (int i = 0; i < 4; i++) t.c.x[j + i] = c.x[i], t.s.x[j + i] = first ? -s.x[i] : s.x[i];
+    for (int i = 0; i < 4; i++) t.s[j / 4].x[i] = first ? -t.s[j / 4].x[i] : t.s[j / 4].x[i];
   }
   return t;
+}
+// Zeros where a lane has no pairs.
+DEVICE Words others(const Words &v, const Turn &t) {
+  Words o;
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    o.w[j] = __shfl_sync(0xffffffffu, v.w[j], t.other);
+    if (!t.turns) o.w[j] = 0;
+  }
+  return o;
 }
 
 // A head, LANES lanes of it, normed, turned and rounded.
 DEVICE Words turned(const Words &head, const Words &weight, bool normed, const Turn &t, const Step &a) {
-  Floats<T> z = unpacked<T>(head);
-  float rstd = 1.0f;
+  const Floats<T> z = unpacked<T>(head), o = unpacked<T>(others(head, t));
+  Floats<T> y;
   if (normed) {
+    const Floats<T> w = unpacked<T>(weight), v = unpacked<T>(others(weight, t));
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < P; j++) sum = fmaf(z.x[j], z.x[j], sum);
 #pragma unroll
-    for (int o = LANES / 2; o > 0; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-    rstd = reciprocal_root(fmaf(sum, 1.0f / D, real(a.eps)));
-    const Floats<T> w = unpacked<T>(weight);
+    for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+    const float rstd = reciprocal_root(fmaf(sum, 1.0f / D, real(a.eps)));
 #pragma unroll
-    for (int j = 0; j < P; j++) z.x[j] *= w.x[j];
+    for (int j = 0; j < P; j++) {
+      const float c = __fmul_rn(t.c[j / 4].x[j % 4], w.x[j]), s = __fmul_rn(t.s[j / 4].x[j % 4], v.x[j]);
+      y.x[j] = __fmul_rn(fmaf(z.x[j], c, __fmul_rn(o.x[j], s)), rstd);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < P; j++) y.x[j] = fmaf(z.x[j], t.c[j / 4].x[j % 4], __fmul_rn(o.x[j], t.s[j / 4].x[j % 4]));
   }
-  Floats<T> y;
-#pragma unroll
-  for (int j = 0; j < P; j++) y.x[j] = fmaf(z.x[j], t.c.x[j], __shfl_sync(0xffffffffu, z.x[j], t.other) * t.s.x[j]) * rstd;
   return packed<T>(y);
 }
 DEVICE Words from_lane(const Words &v, int lane) {
@@ -133,17 +148,21 @@ DEVICE void join_nothing(Columns &s) {
 }
 struct alignas(C * sizeof(T) < 16 ? C * sizeof(T) : 16) Rounded { T x[C]; };
 
-template <int WARPS>
+// Rows that stand together, as the kernels of pairs are told: the first, how many, and what the first sees. A second one sees
+// itself besides.
+struct alignas(16) Group { i64 row, rows, start, end; };
+
+template <int WARPS, int ROWS>
 DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *table, const i64 *index, T *k, T *v,
                  const i64 *seen, const Step &a) {
-  constexpr bool BOTH = GROUPS > 1;   // lanes for a query head and a key head
+  constexpr bool BOTH = GROUPS > 1, ALL = ROWS == 2 && GROUPS > 3;   // lanes for a query head and a key head, and for two rows'
   constexpr int PLAYED = WARPS == TEAMS ? 1 : TEAMS / JOINED;
   constexpr int HEADS = WARPS == 1 ? 4 : 1;   // of a block
-  __shared__ Waiting waiting[WARPS == TEAMS ? TEAMS - JOINED : 1];   // of warps whose teams others join
-  __shared__ Part parts[JOINED];
-  __shared__ Words newest[HEADS * WARPS][2][LANES];                  // key and value
+  __shared__ Waiting waiting[WARPS == TEAMS ? TEAMS - JOINED : 1][ROWS];   // of warps whose teams others join
+  __shared__ Part parts[JOINED][ROWS];
+  __shared__ Words newest[HEADS][ROWS][2][LANES];                          // key and value, of the warp that meets them
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, x = lane % LANES * P, group = lane / LANES;
-  const int me = WARPS == 1 ? 0 : warp, r = blockIdx.x;
+  const int me = WARPS == 1 ? 0 : warp, place = WARPS == 1 ? warp : 0;
   const u32 heads = (u32)a.heads, shared_by = (u32)a.group, head = WARPS == 1 ? blockIdx.y * 4 + warp : blockIdx.y;
   const u32 own = min(head, heads - 1), key_head = shared_by == 1 ? own : own / shared_by;
   const bool normed = wq;
@@ -154,120 +173,174 @@ DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *ta
   await_kernel_before();
   if (head >= heads) return;
 
-  const i64 start = seen[r], end = seen[a.rows + r];
+  Group g;
+  if constexpr (ROWS == 1) g = {(i64)blockIdx.x, 1, seen[blockIdx.x], seen[a.rows + blockIdx.x]};
+  else g = reinterpret_cast<const Group *>(seen)[blockIdx.x];
   const u32 key_heads = shared_by == 1 ? heads : heads / shared_by;
-  joint += r * a.joint_row;
-  const T *new_k = joint + (heads + key_head) * D;
-  const Words raw = load_words(is_key ? new_k : joint + own * D, x, D), new_v = load_words(new_k + key_heads * D, x, D);
-  const Turn turn = turn_of(table + index[r] * a.n, x, (int)a.n);
+  const auto row = [&](int i) { return ROWS == 1 ? g.row : g.row + min(i, (int)g.rows - 1); };   // of one, all is done twice
+  if constexpr (ROWS == 1) joint += g.row * a.joint_row;
+  const T *const new_k = joint + (heads + key_head) * D;
+  const auto new_key = [&](int i) { return ROWS == 1 ? new_k : new_k + row(i) * a.joint_row; };
+  constexpr int TURNS = ALL ? 1 : ROWS;
+  Words raw[TURNS], new_v[ROWS];
+  Turn turn[TURNS];
+#pragma unroll
+  for (int i = 0; i < TURNS; i++) {
+    const int of = ALL ? group / 2 : i;
+    raw[i] = load_words(is_key ? new_key(of) : joint + (ROWS == 1 ? 0 : row(of) * a.joint_row) + own * D, x, D);
+    turn[i] = turn_of(table + index[row(of)] * a.n, x, (int)a.n);
+  }
+#pragma unroll
+  for (int i = 0; i < ROWS; i++) new_v[i] = load_words(new_key(i) + key_heads * D, x, D);
   k += key_head * a.key_head, v += key_head * a.key_head;
 
-  // The step of the first chunk's keys that this warp begins with is on its way while heads are normed; the run's last key is not
-  // in the cache yet.
-  const int first_keys = end - start < CHUNK ? (int)(end - start) - 1 : CHUNK - (end - start == CHUNK);
+  // The step of the first chunk's keys that this warp begins with is on its way while heads are normed. The new keys are not in
+  // the cache yet.
   Loaded l;
-  float query[E];
-  fetch(l, k + start * D, v + start * D, D, D, me * STEP + group, first_keys, x, D);
-  {
-    Words q = turned(raw, weight, normed, turn, a), key;
+  float query[ROWS][E];
+  Words normal;
+  fetch(l, k + g.start * D, v + g.start * D, D, D, me * STEP + group, (int)min(g.end - g.start - 1, (i64)CHUNK), x, D);
+#pragma unroll
+  for (int i = 0; i < ROWS; i++) {
+    if (i < TURNS) normal = turned(raw[i], weight, normed, turn[i], a);
+    Words q = normal, key;
     if constexpr (BOTH) {
-      key = from_lane(q, LANES + lane % LANES);
-      q = from_lane(q, lane % LANES);
+      const int from = (ALL ? 2 * i * LANES : 0) + lane % LANES;
+      q = from_lane(normal, from), key = from_lane(normal, LANES + from);
     } else {
-      key = turned(load_words(new_k, x, D), normed ? load_words(wk, x, D) : weight, normed, turn, a);
+      key = turned(load_words(new_key(i), x, D), normed ? load_words(wk, x, D) : weight, normed, turn[i], a);
     }
     const Floats<T> f = unpacked<T>(q);
 #pragma unroll
-    for (int e = 0; e < E; e++) query[e] = __fmul_rn(f.x[e], real(a.scale) * UNIT);
-    if (lane < LANES) {
-      newest[warp][0][lane] = key, newest[warp][1][lane] = new_v;
+    for (int e = 0; e < E; e++) query[i][e] = __fmul_rn(f.x[e], real(a.scale) * UNIT);
+    if (lane < LANES && i < g.rows) {
+      const i64 at = g.end - 1 + i;
+      if ((u32)(at - g.start) / STEP % WARPS == me) newest[place][i][0][lane] = key, newest[place][i][1][lane] = new_v[i];
       if (me == 0 && head == key_head * shared_by) {
-        store_words(k + (end - 1) * D, x, D, key);
-        store_words(v + (end - 1) * D, x, D, new_v);
+        store_words(k + at * D, x, D, key);
+        store_words(v + at * D, x, D, new_v[i]);
       }
     }
-    __syncwarp();
   }
+  __syncwarp();
 
-  Columns total;
+  constexpr int MINE = WARPS == 1 ? ROWS : 1;   // rows whose parts a warp joins: all, or that of its number
+  Columns total[MINE];
   bool fetched = true;
+  const i64 end = g.end + g.rows - 1;
 #pragma unroll 1
-  for (i64 first = start; first < end; first += CHUNK) {
-    const bool last = end - first <= CHUNK;
-    const int keys = last ? (int)(end - first) : CHUNK, live = min((keys + STEP - 1) / STEP, JOINED);
+  for (i64 first = g.start; first < end; first += CHUNK) {
+    const bool last = end - first <= CHUNK, newer = ROWS == 1 ? last : g.end - first <= CHUNK;   // the new keys begin here
+    int keys[ROWS];   // that a row sees
+    keys[0] = newer ? (int)(g.end - first) : CHUNK;
+    if constexpr (ROWS == 2) keys[1] = g.rows == 1 ? 0 : last ? (int)(end - first) : CHUNK;
+    const int most = ROWS == 1 ? keys[0] : max(keys[0], keys[ROWS - 1]), live = min((most + STEP - 1) / STEP, JOINED);
+    const int own_keys = me == 0 ? keys[0] : me == ROWS - 1 ? keys[ROWS - 1] : 0;
     const T *own_k = k + first * D, *own_v = v + first * D;
     // teams t, t + 4, ..
-    const auto played = [&](Softmax &s, int t) {
+    const auto played = [&](Softmax (&s)[ROWS], int t) {
 #pragma unroll 1
-      for (int n = 0; n < PLAYED && (t + n * JOINED) * STEP < keys; n++) {
-        Softmax more;
-        clear(more);
-#pragma unroll 1
-        for (int at = (t + n * JOINED) * STEP; at < keys; at += TEAMS * STEP) {
-          if (!fetched) fetch(l, own_k, own_v, D, D, at + group, keys - last, x, D);
-          fetched = false;
-          if (last && at + STEP >= keys) {
+      for (int n = 0; n < PLAYED && (t + n * JOINED) * STEP < most; n++) {
+        Softmax more[ROWS];
 #pragma unroll
-            for (int u = 0; u < UNROLL; u++)
-              if (at + group + u * GROUPS == keys - 1) l.k[u][0] = newest[warp][0][lane % LANES], l.v[u][0] = newest[warp][1][lane % LANES];
+        for (int i = 0; i < ROWS; i++) clear(more[i]);
+#pragma unroll 1
+        for (int at = (t + n * JOINED) * STEP; at < most; at += TEAMS * STEP) {
+          if (!fetched) fetch(l, own_k, own_v, D, D, at + group, keys[0] - newer, x, D);
+          fetched = false;
+          // Before a row's own key is there, those before it are done with the step: of keys that a row does not see it gets
+          // zeros, as where it is alone.
+#pragma unroll
+          for (int i = 0; i < ROWS; i++) {
+            if (ROWS > 1 && at >= keys[i]) continue;
+            if (newer && at + STEP >= keys[0] + i) {
+#pragma unroll
+              for (int u = 0; u < UNROLL; u++)
+                if (at + group + u * GROUPS == keys[0] - 1 + i)
+                  l.k[u][0] = newest[place][i][0][lane % LANES], l.v[u][0] = newest[place][i][1][lane % LANES];
+            }
+            absorb(more[i], query[i], l, at + group, keys[i]);
           }
-          absorb(more, query, l, at + group, keys);
         }
-        if (n == 0) s = more;
-        else join(s, more);
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+          if (n == 0) s[i] = more[i];
+          else if (ROWS == 1 || (t + n * JOINED) * STEP < keys[i]) join(s[i], more[i]);
+        }
       }
     };
-    Columns joint_part;
-    const auto meet = [&](int t, const Part &part) {
+    Columns joint_part[MINE];
+    const auto meet = [&](Columns &to, int t, const Part &part) {
       const Columns c = take(part, lane);
-      if (t == 0) joint_part = c;
-      else join(joint_part, c);
+      if (t == 0) to = c;
+      else join(to, c);
     };
     if constexpr (WARPS == 1) {
 #pragma unroll 1
       for (int t = 0; t < live; t++) {
-        Softmax s;
+        Softmax s[ROWS];
         played(s, t);
-        join_groups(s);
-        if (lane < LANES) put(parts[warp], x, s);
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+          join_groups(s[i]);
+          if (lane < LANES) put(parts[warp][i], x, s[i]);
+        }
         __syncwarp();
-        meet(t, parts[warp]);
+#pragma unroll
+        for (int i = 0; i < ROWS; i++)
+          if (ROWS == 1 || t * STEP < keys[i]) meet(joint_part[i], t, parts[warp][i]);
         __syncwarp();
       }
     } else {
-      Softmax s;
+      Softmax s[ROWS];
       played(s, me);
       if constexpr (WARPS == TEAMS) {
-        if (keys > JOINED * STEP) {
-          if (me >= JOINED) put(waiting[me - JOINED], lane, s);
+        if (most > JOINED * STEP) {
+#pragma unroll
+          for (int i = 0; i < ROWS; i++)
+            if (me >= JOINED) put(waiting[me - JOINED][i], lane, s[i]);
           __syncthreads();
           if (me < JOINED) {
+#pragma unroll
+            for (int i = 0; i < ROWS; i++)
 #pragma unroll 1
-            for (int n = 1; n < TEAMS / JOINED && (me + n * JOINED) * STEP < keys; n++)
-              join_waiting(s, waiting[me + (n - 1) * JOINED], lane);
+              for (int n = 1; n < TEAMS / JOINED && (me + n * JOINED) * STEP < keys[i]; n++)
+                join_waiting(s[i], waiting[me + (n - 1) * JOINED][i], lane);
           }
         }
       }
       if (me < live) {
-        join_groups(s);
-        if (lane < LANES) put(parts[me], x, s);
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+          join_groups(s[i]);
+          if (lane < LANES) put(parts[me][i], x, s[i]);
+        }
       }
       __syncthreads();
-      if (me == 0) {
+      if (me < ROWS) {
 #pragma unroll 1
-        for (int t = 0; t < live; t++) meet(t, parts[t]);
+        for (int t = 0; t < JOINED && t * STEP < own_keys; t++) meet(joint_part[0], t, parts[t][me]);
       }
       if (!last) __syncthreads();   // the parts are read before the next chunk's come
     }
-    if (live < JOINED) join_nothing(joint_part);
-    if (first == start) total = joint_part;
-    else join(total, joint_part);
-  }
-  if (me != 0) return;
-  Rounded to;
 #pragma unroll
-  for (int c = 0; c < C; c++) to.x[c] = from_f32<T>(total.of.x[c] / total.sum);
-  *reinterpret_cast<Rounded *>(y + ((i64)r * heads + head) * D + C * lane) = to;
+    for (int i = 0; i < MINE; i++) {
+      const int seen_here = WARPS == 1 ? keys[i] : own_keys;
+      if (ROWS > 1 && seen_here == 0) continue;
+      if (seen_here <= (JOINED - 1) * STEP) join_nothing(joint_part[i]);
+      if (first == g.start) total[i] = joint_part[i];
+      else join(total[i], joint_part[i]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < MINE; i++) {
+    const int at = WARPS == 1 ? i : me;
+    if (at >= g.rows) return;
+    Rounded to;
+#pragma unroll
+    for (int c = 0; c < C; c++) to.x[c] = from_f32<T>(total[i].of.x[c] / total[i].sum);
+    *reinterpret_cast<Rounded *>(y + ((g.row + at) * heads + head) * D + C * lane) = to;
+  }
 }
 
 // Nothing is `__restrict__`: it must not be read before the wait.
@@ -276,11 +349,20 @@ DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *ta
    Step a)
 
 KERNEL __launch_bounds__(128, D > 128 ? 5 : 6) cached_step_one STEPPED {
-  if constexpr (PACKS == 1) step<1>(y, joint, wq, wk, table, index, k, v, seen, a);
+  if constexpr (PACKS == 1) step<1, 1>(y, joint, wq, wk, table, index, k, v, seen, a);
 }
 KERNEL __launch_bounds__(128, 5) cached_step_four STEPPED {
-  if constexpr (PACKS == 1) step<4>(y, joint, wq, wk, table, index, k, v, seen, a);
+  if constexpr (PACKS == 1) step<4, 1>(y, joint, wq, wk, table, index, k, v, seen, a);
 }
 KERNEL __launch_bounds__(512, 1) cached_step_wide STEPPED {
-  if constexpr (PACKS == 1) step<16>(y, joint, wq, wk, table, index, k, v, seen, a);
+  if constexpr (PACKS == 1) step<16, 1>(y, joint, wq, wk, table, index, k, v, seen, a);
+}
+KERNEL __launch_bounds__(128, D > 128 ? 3 : 4) cached_pairs_one STEPPED {
+  if constexpr (PACKS == 1) step<1, 2>(y, joint, wq, wk, table, index, k, v, seen, a);
+}
+KERNEL __launch_bounds__(128, D > 128 ? 3 : 4) cached_pairs_four STEPPED {
+  if constexpr (PACKS == 1) step<4, 2>(y, joint, wq, wk, table, index, k, v, seen, a);
+}
+KERNEL __launch_bounds__(512, 1) cached_pairs_wide STEPPED {
+  if constexpr (PACKS == 1) step<16, 2>(y, joint, wq, wk, table, index, k, v, seen, a);
 }

@@ -55,7 +55,8 @@ kernels! {
     cached_attention: ["float" "bf16" "f16"] ["CASE=0" "CASE=1" "CASE=2" "CASE=3" "CASE=4" "CASE=5" "CASE=6" "CASE=7" "CASE=8"
         "CASE=9" "CASE=10" "CASE=11"] => cached_attention_one, cached_attention_two, cached_attention_four,
         cached_attention_wide, cached_attention_join;
-    cached_step: ["float" "bf16" "f16"] ["CASE=1" "CASE=3" "CASE=5"] => cached_step_one, cached_step_four, cached_step_wide;
+    cached_step: ["float" "bf16" "f16"] ["CASE=1" "CASE=3" "CASE=5"] => cached_step_one, cached_step_four, cached_step_wide,
+        cached_pairs_one, cached_pairs_four, cached_pairs_wide;
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
     adamw: ["float" "bf16" "f16"] [] => adamw_squares, adamw_norm, adamw_update;
     advance: ["i64"] [] => advance;

@@ -28,12 +28,15 @@ struct Lists {
     /// The keys that a row sees at most.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     most: usize,
-    /// True if no row sees another's place; found out when first asked for.
+    /// How many groups there are (`CacheRows::groups`); found out when first asked for.
     #[cfg(feature = "cuda")]
-    apart: OnceLock<bool>,
+    groups: OnceLock<Option<usize>>,
     /// Copies on devices, each made when first asked for: i64 `[2, R]`, the starts and then the ends.
     #[cfg(feature = "cuda")]
     copies: Mutex<Vec<Tensor>>,
+    /// The same of groups (`CacheRows::groups_on`).
+    #[cfg(feature = "cuda")]
+    group_copies: Mutex<Vec<Tensor>>,
 }
 
 impl CacheRows {
@@ -53,7 +56,8 @@ impl CacheRows {
         }
         let least = seen.iter().map(|s| s.end).max().unwrap_or(0);
         #[cfg(feature = "cuda")]
-        let lists = Lists { seen, least, most, apart: OnceLock::new(), copies: Mutex::default() };
+        let lists =
+            Lists { seen, least, most, groups: OnceLock::new(), copies: Mutex::default(), group_copies: Mutex::default() };
         #[cfg(not(feature = "cuda"))]
         let lists = Lists { seen, least, most };
         Ok(Self(Arc::new(lists)))
@@ -62,8 +66,9 @@ impl CacheRows {
     /// most `most` long, in a cache of at least `least` rows, and each row has its own. No other device may be asked.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_device(list: Tensor, most: usize, least: usize) -> Self {
-        let (seen, apart) = (vec![0..0; list.dim(1)], OnceLock::from(true));
-        Self(Arc::new(Lists { seen, least, most, apart, copies: Mutex::new(vec![list]) }))
+        let (seen, groups) = (vec![0..0; list.dim(1)], OnceLock::from(Some(list.dim(1))));
+        let copies = Mutex::new(vec![list]);
+        Self(Arc::new(Lists { seen, least, most, groups, copies, group_copies: Mutex::default() }))
     }
     /// The number of rows, R.
     pub fn len(&self) -> usize {
@@ -86,28 +91,67 @@ impl CacheRows {
     pub(crate) fn most(&self) -> usize {
         self.0.most
     }
-    /// True if no row sees another's place.
+    /// The number of groups that rows stand in, if no group sees a place of another. A group is a row alone, or two neighbours
+    /// from one start of which the second sees one place more than the first, its own. As many groups as rows: no row sees
+    /// another's place.
     #[cfg(feature = "cuda")]
-    pub(crate) fn apart(&self) -> bool {
-        *self.0.apart.get_or_init(|| {
-            let mut runs: Vec<_> = self.0.seen.iter().map(|s| (s.start, s.end)).collect();
+    pub(crate) fn groups(&self) -> Option<usize> {
+        *self.0.groups.get_or_init(|| {
+            let seen = &self.0.seen;
+            let mut runs: Vec<_> = groups_of(seen).map(|(i, n)| (seen[i].start, seen[i + n - 1].end)).collect();
             runs.sort_unstable();
-            runs.windows(2).all(|w| w[0].1 <= w[1].0)
+            runs.windows(2).all(|w| w[0].1 <= w[1].0).then_some(runs.len())
+        })
+    }
+    /// Each group's first row, its number of rows, and the start and the end of what the first sees, i64 `[groups, 4]` on a
+    /// device, uploaded once.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn groups_on(&self, device: crate::tensor::Device) -> Result<Tensor> {
+        let seen = &self.0.seen;
+        copy_on(&self.0.group_copies, device, || {
+            let list: Vec<i64> =
+                groups_of(seen).flat_map(|(i, n)| [i, n, seen[i].start, seen[i].end]).map(|x| x as i64).collect();
+            Tensor::ids(&list, &[list.len() / 4, 4])
         })
     }
     /// The starts and the ends on a device, i64 `[2, R]`, uploaded once.
     #[cfg(feature = "cuda")]
     pub(crate) fn on(&self, device: crate::tensor::Device) -> Result<Tensor> {
-        let mut copies = self.0.copies.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(copy) = copies.iter().find(|c| c.device() == device) {
-            return Ok(copy.clone());
-        }
         let seen = &self.0.seen;
-        let list: Vec<i64> = seen.iter().map(|s| s.start).chain(seen.iter().map(|s| s.end)).map(|i| i as i64).collect();
-        let copy = Tensor::ids(&list, &[2, seen.len()])?.to_device(device)?;
-        copies.push(copy.clone());
-        Ok(copy)
+        copy_on(&self.0.copies, device, || {
+            let list = seen.iter().map(|s| s.start).chain(seen.iter().map(|s| s.end)).map(|i| i as i64);
+            Tensor::ids(&list.collect::<Vec<_>>(), &[2, seen.len()])
+        })
     }
+}
+
+/// Rows in groups of one or two, as `CacheRows::groups` says: the first row of each, and how many it has.
+#[cfg(feature = "cuda")]
+fn groups_of(seen: &[Range<usize>]) -> impl Iterator<Item = (usize, usize)> {
+    let mut next = 0;
+    std::iter::from_fn(move || {
+        let first = seen.get(next)?;
+        let two = seen.get(next + 1).is_some_and(|s| s.start == first.start && s.end == first.end + 1);
+        let group = (next, if two { 2 } else { 1 });
+        next += group.1;
+        Some(group)
+    })
+}
+
+/// The copy on a device, made where there is none yet.
+#[cfg(feature = "cuda")]
+fn copy_on(
+    copies: &Mutex<Vec<Tensor>>,
+    device: crate::tensor::Device,
+    list: impl FnOnce() -> Result<Tensor>,
+) -> Result<Tensor> {
+    let mut copies = copies.lock().unwrap_or_else(|e| e.into_inner());
+    if let Some(copy) = copies.iter().find(|c| c.device() == device) {
+        return Ok(copy.clone());
+    }
+    let copy = list()?.to_device(device)?;
+    copies.push(copy.clone());
+    Ok(copy)
 }
 
 /// `y[b, h, i] = softmax(scale q[b, h, i] k^T) v` over the cache rows that row `r = b n + i` sees: q `[B, H, n, d]`, k and

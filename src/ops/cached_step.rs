@@ -13,7 +13,9 @@ use crate::tensor::Tensor;
 /// key and value are written into the caches k and v `[Hkv, T, d]` at the row's place, as [`write_row_pairs`] does, and then each
 /// attends to what it sees, as in [`cached_attention`].
 ///
-/// On CUDA one kernel does it where no row sees another's place.
+/// On CUDA one kernel does it where no row sees another's place, or none but that of its neighbour, as where a text's chunk fills:
+/// rows then stand in groups of one or two, each of two neighbours from one start of which the second sees one place more.
+/// Its results are, in every bit, those of the ops one by one.
 pub fn cached_step(
     joint: &Tensor,
     heads: (usize, usize),
@@ -40,7 +42,7 @@ pub(crate) fn step(
 ) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if let crate::tensor::Device::Cuda(_) = joint.device()
-        && rows.apart()
+        && rows.groups().is_some()
     {
         let (of, n) = (super::qk_norm_rope::Heads { q: heads, kv: kv_heads }, norm);
         let weights = n.map(|n| -> Result<_> {

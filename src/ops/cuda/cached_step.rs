@@ -14,7 +14,7 @@ const CASES: [(usize, &str); 3] = [(64, "CASE=1"), (128, "CASE=3"), (256, "CASE=
 const CHUNK: usize = 1024;
 
 /// joint `[1, R, (H + 2 Hkv) d]`: its keys, normed and turned, and its values are written into k and v `[Hkv, T, d]` at the rows'
-/// places, and what each row then sees of them is attended to: `[1, R, H d]`. No row may see another's place.
+/// places, and what each row then sees of them is attended to: `[1, R, H d]`. Rows stand in groups (`CacheRows::groups`).
 ///
 /// None, and nothing done, where the ops one by one do better or no kernel fits.
 #[allow(clippy::too_many_arguments)] // what the ops that it stands for have
@@ -41,8 +41,9 @@ pub(crate) fn forward(
     if d / p > 32 || !half.is_multiple_of(p) || n > d || heads.q > 65_535 {
         return Ok(None);
     }
+    let Some(groups) = rows.groups() else { return Ok(None) };
     let gpu = joint.gpu()?;
-    let (group, pairs, most, many) = (heads.q / heads.kv, r * heads.q, rows.most(), gpu.multiprocessors as usize);
+    let (group, pairs, most, many) = (heads.q / heads.kv, groups * heads.q, rows.most(), gpu.multiprocessors as usize);
     // the blocks of cached_attention read keys once for all heads of a group, or a long run a chunk each
     if (group > 1 && pairs > 2 * many) || (most > CHUNK && pairs <= 2 * many) {
         return Ok(None);
@@ -59,16 +60,20 @@ pub(crate) fn forward(
     }
     // keys of four teams: of no more, sixteen warps have nothing to do that four have not
     let short = 4 * 128 * p / d;
-    let (symbol, grid) = if pairs <= many && most > short {
-        (kernel::cached_step_wide, Grid { blocks: [r, heads.q, 1], ..Grid::new(r, 512) })
+    let (symbols, blocks, threads) = if pairs <= many && most > short {
+        ([kernel::cached_step_wide, kernel::cached_pairs_wide], heads.q, 512)
     } else if pairs <= 10 * many {
-        (kernel::cached_step_four, Grid { blocks: [r, heads.q, 1], ..Grid::new(r, 128) })
+        ([kernel::cached_step_four, kernel::cached_pairs_four], heads.q, 128)
     } else {
-        (kernel::cached_step_one, Grid { blocks: [r, heads.q.div_ceil(4), 1], ..Grid::new(r, 128) })
+        ([kernel::cached_step_one, kernel::cached_pairs_one], heads.q.div_ceil(4), 128)
     };
+    let two = groups < r;
+    let symbol = symbols[usize::from(two)];
+    let grid = Grid { blocks: [groups, blocks, 1], ..Grid::new(groups, threads) };
     let mut y = Tensor::empty(&[1, r, heads.q * d], joint.dtype(), joint.device())?;
     let (wq, wk) = (read_or_null(weights.map(|w| &w.q))?, read_or_null(weights.map(|w| &w.k))?);
-    let ([index, angles], seen) = (table.on(joint.device())?, rows.on(joint.device())?);
+    let [index, angles] = table.on(joint.device())?;
+    let seen = if two { rows.groups_on(joint.device())? } else { rows.on(joint.device())? };
     let mut args = vec![y.write()?, joint.read()?, wq, wk, angles.read()?, index.read()?];
     args.extend([k.write()?, v.write()?, seen.read()?]);
     let [scale, eps] = [scale as f32, weights.map_or(0.0, |w| w.eps as f32)].map(|x| u64::from(x.to_bits()));
@@ -78,8 +83,8 @@ pub(crate) fn forward(
     // SAFETY: the parameters are (y, joint, weights of q and k or null, table, index, k, v, seen, words), the words being rows,
     // H, H / Hkv, n, joint's stride, elements of a head of k and v, scale and eps; y is new and holds H d elements a row; joint's
     // rows hold (H + 2 Hkv) d, densely; weights hold d; index has an element for each row, naming a row of the table, which is
-    // n <= d wide; k and v are contiguous and their own; seen has for each row a run inside k and v, not empty, and no row's
-    // run holds another's place. Rows of all begin and end on 16 bytes, and so do halves of pairs. The weights are all that is
+    // n <= d wide; k and v are contiguous and their own; seen has for each row, or for each group where these have two, a run
+    // inside k and v, not empty, and no group's run holds another's place. Rows of all begin and end on 16 bytes, and so do halves of pairs. The weights are all that is
     // read before earlier kernels are done, if those have nothing to do with them (`settled`).
     unsafe { gpu.launch(symbol, variant, grid.early(settled), &args)? };
     Ok(Some(y))
