@@ -10,7 +10,10 @@ use agree::{FLOATS, agrees_with, one, wave};
 use felid::Result;
 use felid::autograd::Var;
 use felid::ops::{self, CacheRows, FusedLinear, QkNorm, RopeTable, fused_linear};
-use felid::tensor::{DType, Tensor};
+use felid::random::Philox;
+use felid::tensor::{DType, Device, Tensor};
+use proptest::prelude::*;
+use std::ops::Range;
 
 const EPS: f64 = 1e-5;
 
@@ -173,13 +176,174 @@ fn texts(keys: &[usize]) -> (CacheRows, usize) {
     (CacheRows::new(seen).unwrap(), start + 1)
 }
 
+/// Texts in a cache, one behind the other with a row between them: of each what its first row sees, and how many rows it has, one
+/// behind the other, 1 or 2. Returns what each row sees, and the rows of the cache.
+fn texts_of_rows(texts: &[(usize, usize)]) -> (Vec<Range<usize>>, usize) {
+    let (mut start, mut seen) = (2, vec![]);
+    for &(keys, rows) in texts {
+        seen.extend((0..rows).map(|i| start..start + keys + i));
+        start += keys + rows;
+    }
+    (seen, start + 1)
+}
+
+fn norm(v: &[Var]) -> Option<QkNorm<'_>> {
+    (v.len() > 3).then(|| QkNorm { q: &v[3], k: &v[4], eps: EPS })
+}
 /// v: joint, the caches k and v, and with norms their weights. Returns the result and both caches.
 fn step(v: &[Var], heads: (usize, usize), table: &RopeTable, rows: &CacheRows) -> Result<Vec<Var>> {
-    let mut caches = [v[1].value().copy()?, v[2].value().copy()?];
-    let norm = (v.len() > 3).then(|| QkNorm { q: &v[3], k: &v[4], eps: EPS });
+    let (mut caches, norm) = ([v[1].value().copy()?, v[2].value().copy()?], norm(v));
     let [k, c] = &mut caches;
     let y = ops::cached_step(v[0].value(), heads, norm, table, [k, c], rows, 0.3)?;
     Ok([y].into_iter().chain(caches).map(Var::constant).collect())
+}
+
+/// The ops that it stands for.
+fn one_by_one(v: &[Var], heads: (usize, usize), table: &RopeTable, rows: &CacheRows) -> Result<Vec<Var>> {
+    let mut caches = [v[1].value().copy()?, v[2].value().copy()?];
+    let [q, new_k, new_v] = ops::qk_norm_rope(&v[0], heads.0, heads.1, norm(v), table)?;
+    let [k, c] = &mut caches;
+    ops::write_row_pairs([k, c], [new_k.value(), new_v.value()], rows)?;
+    let y = ops::cached_attention(q.value(), &caches[0], &caches[1], rows, 0.3)?.permute(&[0, 2, 1, 3])?;
+    let y = y.reshape(v[0].value().narrow(2, 0, y.shape()[2] * y.shape()[3])?.shape())?;
+    Ok([y].into_iter().chain(caches).map(Var::constant).collect())
+}
+
+/// Some of a step's sizes, and what it is given.
+#[derive(Clone, Debug)]
+struct Step {
+    heads: (usize, usize),
+    d: usize,
+    /// n of the table: d or less.
+    turned: usize,
+    normed: bool,
+    /// What the first row of a text sees, and how many rows it has.
+    texts: Vec<(usize, usize)>,
+}
+
+impl Step {
+    fn rows(&self) -> (CacheRows, RopeTable, usize) {
+        let (seen, room) = texts_of_rows(&self.texts);
+        let positions: Vec<usize> = (0..seen.len()).map(|i| i * 5 % 23).collect();
+        let table = RopeTable::new(&positions, self.turned, 1e4).unwrap();
+        (CacheRows::new(seen).unwrap(), table, room)
+    }
+    fn shapes(&self) -> Vec<Vec<usize>> {
+        let ((heads, kv), (rows, _, room)) = (self.heads, self.rows());
+        let mut shapes = vec![vec![1, rows.len(), (heads + 2 * kv) * self.d]];
+        shapes.extend(vec![vec![kv, room, self.d]; 2]);
+        shapes.extend(vec![vec![self.d]; if self.normed { 2 } else { 0 }]);
+        shapes
+    }
+    /// One kernel and the ops apart differ in no bit.
+    fn check_bits(&self, cuda: Device, seed: u64) {
+        let (rows, table, _) = self.rows();
+        for dtype in FLOATS {
+            let there = |(i, s): (usize, &Vec<usize>)| {
+                let x = ops::cast_tensor(&wave(s, seed + i as u64), dtype).unwrap().to_device(cuda).unwrap();
+                Var::constant(x)
+            };
+            let v: Vec<Var> = self.shapes().iter().enumerate().map(there).collect();
+            let (got, want) = (step(&v, self.heads, &table, &rows), one_by_one(&v, self.heads, &table, &rows));
+            for (i, (got, want)) in got.unwrap().iter().zip(want.unwrap()).enumerate() {
+                let (got, want) = (got.value().to_le_bytes().unwrap(), want.value().to_le_bytes().unwrap());
+                let at = got.iter().zip(&want).position(|(a, b)| a != b).map(|b| b / dtype.size());
+                assert!(at.is_none(), "{dtype} result {i}: element {} of {self:?}", at.unwrap());
+            }
+        }
+    }
+}
+
+/// Runs next to where a step of a warp, those of its teams, or a chunk begin and end (cached_attention.cuh), and others.
+fn some_keys(most: usize, draw: &mut Philox) -> usize {
+    let mut upto = |n: usize| 1 + (draw.next_u64() % n as u64) as usize;
+    let keys = match upto(4) {
+        1 => 4 * upto(12),
+        2 => 64 * upto(9),
+        3 => 1024 * upto(2),
+        _ => upto(60) + 2,
+    };
+    (keys + upto(5)).saturating_sub(3).clamp(1, most)
+}
+
+/// Few texts, which sixteen warps take or four, and so many that one warp does, of which few are long.
+fn some_step(draw: &mut Philox) -> Step {
+    let mut upto = |n: usize| 1 + (draw.next_u64() % n as u64) as usize;
+    let d = [64, 128, 256][upto(3) - 1];
+    let (heads, texts) = match upto(4) {
+        1 => (4, upto(4)),
+        2 => (8, upto(30)),
+        3 => (16, 20 + upto(20)),
+        _ => (16, 100),
+    };
+    let kv = [heads, heads / 2, 1][upto(3) - 1];
+    let (turned, normed, mixed) = ([d, d / 2][upto(2) - 1], upto(4) > 1, upto(3));
+    // past a chunk one kernel takes many texts alone
+    let most = if texts * heads > 300 { 2050 } else { 1023 };
+    let texts = (0..texts).map(|i| {
+        let rows = if mixed == 1 { 2 } else { 1 + (draw.next_u64() % mixed as u64) as usize };
+        (some_keys(if i < 6 { most } else { 40 }, draw), rows)
+    });
+    Step { heads: (heads, kv), d, turned, normed, texts: texts.collect() }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_step_in_one_kernel_is_its_ops_in_every_bit(seed in any::<u32>()) {
+        if let Some(cuda) = devices::cuda() {
+            some_step(&mut Philox::new(seed as u64)).check_bits(cuda, seed as u64);
+        }
+    }
+}
+
+/// One text, and two of which one has a row: every run about the ends of steps and chunks.
+#[test]
+fn pairs_of_rows_are_their_ops_in_every_bit() {
+    let Some(cuda) = devices::cuda() else { return };
+    let ends = [4, 8, 16, 32, 64, 128, 256, 512, 1022];
+    for (i, end) in ends.into_iter().enumerate() {
+        for (j, d) in [64, 128, 256].into_iter().enumerate() {
+            for keys in end - 2..=end + 1 {
+                if devices::light() && (i + j + keys) % 4 > 0 {
+                    continue;
+                }
+                let step =
+                    |heads, texts: &[(usize, usize)]| Step { heads, d, turned: d, normed: true, texts: texts.to_vec() };
+                step((2, 1), &[(keys, 2)]).check_bits(cuda, 1);
+                step((2, 2), &[(3, 1), (keys, 2)]).check_bits(cuda, 2);
+            }
+        }
+    }
+    // past a chunk: so many heads that one kernel takes them
+    for keys in [1023, 1024, 1025, 2047, 2048] {
+        for (d, texts) in [(64, 20), (128, 20), (64, 90)] {
+            let texts = (0..texts).map(|i| (if i == 1 { keys } else { 1 + i % 20 }, 1 + (i + keys) % 2)).collect();
+            Step { heads: (16, 16), d, turned: d, normed: true, texts }.check_bits(cuda, 3);
+        }
+    }
+}
+
+/// Texts of one row and of two together, against the CPU.
+#[test]
+fn steps_of_pairs_agree_on_cuda() {
+    for (heads, kv, d) in [(4, 4, 64), (4, 2, 64), (2, 1, 128), (2, 2, 256), (3, 3, 30)] {
+        let many: Vec<(usize, usize)> = (0..150).map(|i| (1 + i * 7 % 90, 1 + i % 2)).collect();
+        for texts in [&[(1, 2)][..], &[(40, 2)], &[(3000, 2)], &[(1, 1), (17, 2), (145, 2), (16, 1)], &many] {
+            if devices::light() && texts.len() > 4 {
+                continue;
+            }
+            for normed in [true, false] {
+                let turned = d / 2 * 2 / if d % 4 == 0 { 2 } else { 1 };
+                let case = Step { heads: (heads, kv), d, turned, normed, texts: texts.to_vec() };
+                let (rows, table, _) = case.rows();
+                let shapes = case.shapes();
+                let op = |v: &[Var]| step(v, case.heads, &table, &rows);
+                agrees_with("cached_step", &shapes.iter().map(Vec::as_slice).collect::<Vec<_>>(), 1, &op, &op);
+            }
+        }
+    }
 }
 
 #[test]
