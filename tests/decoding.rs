@@ -276,7 +276,7 @@ fn some_step(draw: &mut Philox) -> Step {
         3 => (16, 20 + upto(20)),
         _ => (16, 100),
     };
-    let kv = [heads, heads / 2, 1][upto(3) - 1];
+    let kv = [heads, heads, heads, heads / 2, 1][upto(5) - 1];
     let (turned, normed, mixed) = ([d, d / 2][upto(2) - 1], upto(4) > 1, upto(3));
     // past a chunk one kernel takes many texts alone
     let most = if texts * heads > 300 { 2050 } else { 1023 };
