@@ -8,13 +8,19 @@
 //   joint [R, H + 2 Hkv heads of d], rows by their stride, dense inside; weights wq, wk [d], or null: no norms; row r's angles
 //   are row index[r] of `table` [positions, n], f32: n/2 cosines, then n/2 sines. k and v [Hkv, T, d], contiguous.
 //   seen int64 [2, R]. y [R, H, d], overwritten. d is 64 << width. Rows of all begin on 16 bytes, and n/2 is a
-//   multiple of 16 bytes' elements. No row sees another's new row: each takes its own from registers, and whoever writes it into the cache.
+//   multiple of 16 bytes' elements. No row sees another's new row: each takes its own from where it was made, whoever writes it
+//   into the cache.
 //
-// The order of sums is that of cached_attention.cu, so that its bits come out. WARPS warps have a query head of a row:
+// The order of operations is that of the kernels that it stands for, so that their bits come out. WARPS warps have a query head
+// of a row:
 // - cached_step_one: one, which plays all teams by turns and meets no barrier. 128 threads, R by ceil(H / 4) blocks
 // - cached_step_four: four, for fewer rows. 128 threads, R by H blocks
 // - cached_step_wide: sixteen, a team each, for few rows and runs of up to CHUNK keys. 512 threads, R by H blocks
 // Warps and groups without keys do nothing: to join an empty softmax is to add 0 (`join_nothing`).
+//
+// cached_pairs_*: the same where some texts have two rows, neighbours, of which the second sees what the first does and itself.
+// Blocks are dealt to G texts, told by int64 [G, 4] (`Text`) instead of `seen`. Keys are fetched once for both rows, each of
+// which has sums of its own: it is, in every bit, as if it were alone.
 //
 // What bounds it: the keys and values read, of many rows; of few the way from one load to the next. So the first step's keys are
 // on their way while heads are normed, the query's and the key's by different lanes at once where a warp has room for both.
@@ -148,14 +154,14 @@ DEVICE void join_nothing(Columns &s) {
 }
 struct alignas(C * sizeof(T) < 16 ? C * sizeof(T) : 16) Rounded { T x[C]; };
 
-// Rows that stand together, as the kernels of pairs are told: the first, how many, and what the first sees. A second one sees
-// itself besides.
-struct alignas(16) Group { i64 row, rows, start, end; };
+// A text's rows: the first, how many they are, and what the first sees.
+struct alignas(16) Text { i64 row, rows, start, end; };
 
+// ROWS: of a text, at most.
 template <int WARPS, int ROWS>
 DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *table, const i64 *index, T *k, T *v,
                  const i64 *seen, const Step &a) {
-  constexpr bool BOTH = GROUPS > 1, ALL = ROWS == 2 && GROUPS > 3;   // lanes for a query head and a key head, and for two rows'
+  constexpr bool BOTH = GROUPS > 1, ALL = ROWS == 2 && GROUPS > 3;   // lanes for a query head and a key head; for two of each
   constexpr int PLAYED = WARPS == TEAMS ? 1 : TEAMS / JOINED;
   constexpr int HEADS = WARPS == 1 ? 4 : 1;   // of a block
   __shared__ Waiting waiting[WARPS == TEAMS ? TEAMS - JOINED : 1][ROWS];   // of warps whose teams others join
@@ -173,12 +179,13 @@ DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *ta
   await_kernel_before();
   if (head >= heads) return;
 
-  Group g;
-  if constexpr (ROWS == 1) g = {(i64)blockIdx.x, 1, seen[blockIdx.x], seen[a.rows + blockIdx.x]};
-  else g = reinterpret_cast<const Group *>(seen)[blockIdx.x];
+  Text text;
+  if constexpr (ROWS == 1) text = {(i64)blockIdx.x, 1, seen[blockIdx.x], seen[a.rows + blockIdx.x]};
+  else text = reinterpret_cast<const Text *>(seen)[blockIdx.x];
   const u32 key_heads = shared_by == 1 ? heads : heads / shared_by;
-  const auto row = [&](int i) { return ROWS == 1 ? g.row : g.row + min(i, (int)g.rows - 1); };   // of one, all is done twice
-  if constexpr (ROWS == 1) joint += g.row * a.joint_row;
+  // where a text has one row, that is taken twice and its second result dropped
+  const auto row = [&](int i) { return ROWS == 1 ? text.row : text.row + min(i, (int)text.rows - 1); };
+  if constexpr (ROWS == 1) joint += text.row * a.joint_row;
   const T *const new_k = joint + (heads + key_head) * D;
   const auto new_key = [&](int i) { return ROWS == 1 ? new_k : new_k + row(i) * a.joint_row; };
   constexpr int TURNS = ALL ? 1 : ROWS;
@@ -199,7 +206,7 @@ DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *ta
   Loaded l;
   float query[ROWS][E];
   Words normal;
-  fetch(l, k + g.start * D, v + g.start * D, D, D, me * STEP + group, (int)min(g.end - g.start - 1, (i64)CHUNK), x, D);
+  fetch(l, k + text.start * D, v + text.start * D, D, D, me * STEP + group, (int)min(text.end - text.start - 1, (i64)CHUNK), x, D);
 #pragma unroll
   for (int i = 0; i < ROWS; i++) {
     if (i < TURNS) normal = turned(raw[i], weight, normed, turn[i], a);
@@ -213,9 +220,9 @@ DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *ta
     const Floats<T> f = unpacked<T>(q);
 #pragma unroll
     for (int e = 0; e < E; e++) query[i][e] = __fmul_rn(f.x[e], real(a.scale) * UNIT);
-    if (lane < LANES && i < g.rows) {
-      const i64 at = g.end - 1 + i;
-      if ((u32)(at - g.start) / STEP % WARPS == me) newest[place][i][0][lane] = key, newest[place][i][1][lane] = new_v[i];
+    if (lane < LANES && i < text.rows) {
+      const i64 at = text.end - 1 + i;
+      if ((u32)(at - text.start) / STEP % WARPS == me) newest[place][i][0][lane] = key, newest[place][i][1][lane] = new_v[i];
       if (me == 0 && head == key_head * shared_by) {
         store_words(k + at * D, x, D, key);
         store_words(v + at * D, x, D, new_v[i]);
@@ -227,13 +234,13 @@ DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *ta
   constexpr int MINE = WARPS == 1 ? ROWS : 1;   // rows whose parts a warp joins: all, or that of its number
   Columns total[MINE];
   bool fetched = true;
-  const i64 end = g.end + g.rows - 1;
+  const i64 end = text.end + text.rows - 1;
 #pragma unroll 1
-  for (i64 first = g.start; first < end; first += CHUNK) {
-    const bool last = end - first <= CHUNK, newer = ROWS == 1 ? last : g.end - first <= CHUNK;   // the new keys begin here
-    int keys[ROWS];   // that a row sees
-    keys[0] = newer ? (int)(g.end - first) : CHUNK;
-    if constexpr (ROWS == 2) keys[1] = g.rows == 1 ? 0 : last ? (int)(end - first) : CHUNK;
+  for (i64 first = text.start; first < end; first += CHUNK) {
+    const bool last = end - first <= CHUNK, newer = ROWS == 1 ? last : text.end - first <= CHUNK;
+    int keys[ROWS];   // that a row sees of the chunk; in the cache are all of the first's, but for its own (`newer`)
+    keys[0] = newer ? (int)(text.end - first) : CHUNK;
+    if constexpr (ROWS == 2) keys[1] = text.rows == 1 ? 0 : last ? (int)(end - first) : CHUNK;
     const int most = ROWS == 1 ? keys[0] : max(keys[0], keys[ROWS - 1]), live = min((most + STEP - 1) / STEP, JOINED);
     const int own_keys = me == 0 ? keys[0] : me == ROWS - 1 ? keys[ROWS - 1] : 0;
     const T *own_k = k + first * D, *own_v = v + first * D;
@@ -248,8 +255,7 @@ DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *ta
         for (int at = (t + n * JOINED) * STEP; at < most; at += TEAMS * STEP) {
           if (!fetched) fetch(l, own_k, own_v, D, D, at + group, keys[0] - newer, x, D);
           fetched = false;
-          // Before a row's own key is there, those before it are done with the step: of keys that a row does not see it gets
-          // zeros, as where it is alone.
+          // A row's key comes in when the row before is done with the step, which gets zeros there, as where it is alone.
 #pragma unroll
           for (int i = 0; i < ROWS; i++) {
             if (ROWS > 1 && at >= keys[i]) continue;
@@ -328,18 +334,18 @@ DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *ta
       const int seen_here = WARPS == 1 ? keys[i] : own_keys;
       if (ROWS > 1 && seen_here == 0) continue;
       if (seen_here <= (JOINED - 1) * STEP) join_nothing(joint_part[i]);
-      if (first == g.start) total[i] = joint_part[i];
+      if (first == text.start) total[i] = joint_part[i];
       else join(total[i], joint_part[i]);
     }
   }
 #pragma unroll
   for (int i = 0; i < MINE; i++) {
     const int at = WARPS == 1 ? i : me;
-    if (at >= g.rows) return;
+    if (at >= text.rows) return;
     Rounded to;
 #pragma unroll
     for (int c = 0; c < C; c++) to.x[c] = from_f32<T>(total[i].of.x[c] / total[i].sum);
-    *reinterpret_cast<Rounded *>(y + ((g.row + at) * heads + head) * D + C * lane) = to;
+    *reinterpret_cast<Rounded *>(y + ((text.row + at) * heads + head) * D + C * lane) = to;
   }
 }
 

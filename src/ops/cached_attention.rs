@@ -199,3 +199,30 @@ pub(super) fn check_rows(op: &'static str, rows: &CacheRows, n: usize, room: usi
     }
     Ok(())
 }
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_stand_in_groups_of_one_or_two() {
+        let groups = |seen: &[Range<usize>]| CacheRows::new(seen.to_vec()).unwrap().groups();
+        assert_eq!(groups(&[]), Some(0));
+        assert_eq!(groups(&[5..9, 0..3]), Some(2));
+        assert_eq!(groups(&[5..9, 5..10, 0..3, 10..11]), Some(3));
+        assert_eq!(groups(&[0..3, 5..9, 5..10, 10..14, 10..15]), Some(3));
+        // three rows; the second first; not neighbours; another start; two places more; one place twice; a place of another's
+        let apart: [&[Range<usize>]; 7] = [
+            &[0..1, 0..2, 0..3],
+            &[0..2, 0..1],
+            &[0..1, 4..5, 0..2],
+            &[0..2, 1..3],
+            &[0..1, 0..3],
+            &[0..2, 0..2],
+            &[0..2, 0..3, 2..6],
+        ];
+        for seen in apart {
+            assert_eq!(groups(seen), None, "{seen:?}");
+        }
+    }
+}
