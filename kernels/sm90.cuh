@@ -63,8 +63,9 @@ template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.
 // How wgmma finds a tile. Of an operand whose k runs along the lines (ALONG) 16 of k are 32 bytes, and k = 64 opens the next
 // box; of one whose k runs over the lines (ACROSS) 16 of k are 16 lines, 2,048 bytes, and m or n = 64 opens the next box,
 // BOX bytes on.
-DEVICE u64 describe(u32 address) {
-  return (u64)(address >> 4 & 0x3fff) | (u64)(BOX >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+// 8 lines, or of ACROSS 8 of k, are followed by the next `apart` bytes on: 1,024 where they lie together.
+DEVICE u64 describe(u32 address, int apart = 1024) {
+  return (u64)(address >> 4 & 0x3fff) | (u64)(BOX >> 4) << 16 | (u64)(apart >> 4) << 32 | (u64)1 << 62;
 }
 enum : int { ALONG = 0, ACROSS = 1 };
 constexpr u32 STEP_ALONG = 32, STEP_ACROSS = 16 * 128;
@@ -77,6 +78,7 @@ template <typename E, int N, int A, int B> struct Wgmma;
 #define ACC4(j) ACC(j), ACC(j + 1), ACC(j + 2), ACC(j + 3)
 #define ACC8(j) ACC4(j), ACC4(j + 4)
 #define ACC16(j) ACC8(j), ACC8(j + 8)
+#define ACC20(j) ACC16(j), ACC4(j + 16)
 #define ACC32(j) ACC16(j), ACC16(j + 16)
 #define SUMS_32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15 "
@@ -88,6 +90,12 @@ template <typename E, int N, int A, int B> struct Wgmma;
   "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
   "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
   "%62, %63 "
+#define SUMS_160 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79 "
 #define SUMS_256 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
   "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
@@ -116,6 +124,8 @@ WGMMA(bf16, "bf16", 64, 8, 32, 33, 34, 35, 36, 33, 34, 35, 36, 37, 38)
 WGMMA(f16, "f16", 64, 8, 32, 33, 34, 35, 36, 33, 34, 35, 36, 37, 38)
 WGMMA(bf16, "bf16", 128, 16, 64, 65, 66, 67, 68, 65, 66, 67, 68, 69, 70)
 WGMMA(f16, "f16", 128, 16, 64, 65, 66, 67, 68, 65, 66, 67, 68, 69, 70)
+WGMMA(bf16, "bf16", 160, 20, 80, 81, 82, 83, 84, 81, 82, 83, 84, 85, 86)
+WGMMA(f16, "f16", 160, 20, 80, 81, 82, 83, 84, 81, 82, 83, 84, 85, 86)
 WGMMA(bf16, "bf16", 256, 32, 128, 129, 130, 131, 132, 129, 130, 131, 132, 133, 134)
 WGMMA(f16, "f16", 256, 32, 128, 129, 130, 131, 132, 129, 130, 131, 132, 133, 134)
 

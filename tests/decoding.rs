@@ -126,6 +126,16 @@ fn fused_linear_agrees_on_cuda() {
     }
 }
 
+/// Gated products of a step of many texts, which a kernel of their own takes where its blocks are as many as multiprocessors.
+#[test]
+fn gated_products_of_many_rows_agree_on_cuda() {
+    for size in [[320, 512, 5632], [257, 1000, 5000], [300, 72, 4804]] {
+        let shapes = shapes(size, FORMS[3]);
+        let shapes: Vec<&[usize]> = shapes.iter().map(Vec::as_slice).collect();
+        agrees_with("fused_linear of many rows", &shapes, size[1], &|v| fused(v, FORMS[3]), &|v| apart(v, FORMS[3]));
+    }
+}
+
 /// On a device a row of few is, in every bit, the row alone, and does not depend on how its operands lie.
 #[test]
 fn few_rows_are_each_alone() {

@@ -77,6 +77,7 @@ kernels! {
     elementwise: ["float" "bf16" "f16"] [] => binary, binary_packed, unary, unary_packed, add_to_same, add_to_float,
         add_to_same_packed, add_to_float_packed;
     few_rows: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => few_rows, few_rows_gated;
+    gated_rows: ["bf16" "f16"] [] => gated_rows;
     gather: ["float" "bf16" "f16" "i64" "i8"] [] => gather, gather_packed;
     interpolate: ["float" "bf16" "f16"] [] => interpolate_last, interpolate, interpolate_packed;
     max: ["float" "bf16" "f16"] [] => max_forward, max_backward;

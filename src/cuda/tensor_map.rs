@@ -9,7 +9,7 @@ use cudarc::driver::sys;
 /// Most dimensions that a map has here.
 const RANK: usize = 4;
 
-/// A tensor of 16-bit elements as boxes of 64 lines by 64 elements, 16-byte chunks permuted by xor with the line modulo 8
+/// A tensor of 16-bit elements as boxes of so many lines (at most 256) by 64 elements, 16-byte chunks permuted by xor with the line modulo 8
 /// (`sm90.cuh`); zeros outside. `sizes`: the elements of a line, the lines, then what else there is, outermost last; `strides`:
 /// elements from one line to the next, and so on. A stride over one line means nothing. `None` where the engine cannot address
 /// it: it wants multiples of 16 bytes, and no stride of 0.
@@ -19,6 +19,7 @@ pub(crate) fn boxes<const N: usize>(
     kind: Kind,
     sizes: [usize; N],
     strides: [usize; N],
+    lines: usize,
 ) -> Result<Option<Arg>> {
     const { assert!(N >= 2 && N <= RANK) };
     let data = match kind {
@@ -40,7 +41,7 @@ pub(crate) fn boxes<const N: usize>(
         return Ok(None);
     }
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    let (tile, one) = ([64u32, 64, 1, 1], [1u32; RANK]);
+    let (tile, one) = ([64u32, lines as u32, 1, 1], [1u32; RANK]);
     gpu.bind()?;
     // SAFETY: the map is written whole; the arrays have as many entries as the rank says (strides one fewer). The address is
     // only written down: who launches a kernel with the map answers for what it reaches.

@@ -19,7 +19,7 @@ use std::ops::Range;
 /// Tokens that are read at once: bounds what their activations take.
 const TOKENS_AT_ONCE: usize = 1 << 15;
 
-/// Tokens whose chunks are compressed at once while decoding, for the same reason.
+/// Tokens whose chunks are compressed at once, for the same reason.
 const COMPRESSED_AT_ONCE: usize = 1 << 11;
 
 /// A text to be read from its beginning.
@@ -94,7 +94,15 @@ impl Cat {
             (Some(plan), Some(_)) => {
                 // slots see slots, the open block's rows see slots and one another: nothing else need be computed
                 let (k, full) = (plan.full_chunks(), plan.full_chunks() * chunk);
-                let mut parts = vec![self.slots(&ids, k, chunk, false)?];
+                let fx = if k == 0 {
+                    None
+                } else {
+                    let numbers: Vec<usize> = (0..b).flat_map(|_| 0..k).collect();
+                    let ids = ids.narrow(1, 0, full)?.reshape(&[b * k, chunk])?;
+                    let fx = self.compressed(&mut cache.projections, &ids, &numbers)?;
+                    Some(reshape(&fx, &[b, k, c.decoder.dim])?)
+                };
+                let mut parts = vec![self.slots_of(b, chunk, fx)?];
                 parts.extend(self.separator_rows(b)?);
                 if plan.tail() > 0 {
                     parts.push(ops::embedding(&ids.narrow(1, full, plan.tail())?, &self.wte)?);
@@ -194,24 +202,16 @@ impl Cat {
         filled: &Filled,
     ) -> Result<Step> {
         let c = self.config();
-        let Some(chunks) = &self.chunks else { return Err(Error::config("a dense model has no chunks")) };
         let open: Vec<i64> = filled.of_text.iter().zip(next).filter(|(f, _)| f.is_none()).map(|(_, n)| n.1).collect();
         let mut parts: Vec<Var> = Vec::new();
         if !open.is_empty() {
             parts.push(ops::embedding(&Tensor::ids(&open, &[1, open.len()])?, &self.wte)?);
         }
         for (&chunk, group) in &filled.groups {
-            let projection = match projections.entry(chunk) {
-                Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(new) => new.insert(chunks.f.projection(chunk)?),
-            };
-            for group in group.chunks((COMPRESSED_AT_ONCE / chunk).max(1)) {
-                let ids = group.iter().flat_map(|&i| texts[i].pending.iter().copied().chain([next[i].1]));
-                let ids = Tensor::ids(&ids.collect::<Vec<i64>>(), &[group.len(), chunk])?;
-                let numbers: Vec<usize> = group.iter().map(|&i| texts[i].tokens / chunk).collect();
-                let fx = chunks.f.forward_chunks(&ids, &numbers, chunk, c.table_row(chunk), projection)?;
-                parts.push(reshape(&fx, &[1, group.len(), c.decoder.dim])?);
-            }
+            let ids = group.iter().flat_map(|&i| texts[i].pending.iter().copied().chain([next[i].1]));
+            let ids = Tensor::ids(&ids.collect::<Vec<i64>>(), &[group.len(), chunk])?;
+            let numbers: Vec<usize> = group.iter().map(|&i| texts[i].tokens / chunk).collect();
+            parts.push(reshape(&self.compressed(projections, &ids, &numbers)?, &[1, group.len(), c.decoder.dim])?);
         }
         let separator = if filled.groups.is_empty() { None } else { self.separator_rows(1)? };
         let has_separator = separator.is_some();
@@ -240,6 +240,27 @@ impl Cat {
         let x = concat(&parts.iter().collect::<Vec<_>>(), 1)?;
         let x = if order.iter().copied().eq(0..all) { x } else { ops::index_select(&x, 1, &order)? };
         Ok((x, keep, positions, CachedPass { rows: CacheRows::new(seen)?, prompt: false, layer: None }))
+    }
+
+    /// Chunks of any texts, ids `[R, C]`, and their numbers in their texts -> `[R, 1, D]`, so many at once that their activations
+    /// stay small.
+    fn compressed(&self, projections: &mut BTreeMap<usize, Var>, ids: &Tensor, numbers: &[usize]) -> Result<Var> {
+        let Some(chunks) = &self.chunks else { return Err(Error::config("a dense model has no chunks")) };
+        let chunk = ids.dim(1);
+        let projection = match projections.entry(chunk) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(chunks.f.projection(chunk)?),
+        };
+        let (row, piece) = (self.config().table_row(chunk), (COMPRESSED_AT_ONCE / chunk).max(1));
+        let some = |(i, numbers): (usize, &[usize])| {
+            let ids = ids.narrow(0, i * piece, numbers.len())?;
+            chunks.f.forward_chunks(&ids, numbers, chunk, row, projection)
+        };
+        let parts = numbers.chunks(piece).enumerate().map(some).collect::<Result<Vec<_>>>()?;
+        match &parts[..] {
+            [one] => Ok(one.clone()),
+            _ => concat(&parts.iter().collect::<Vec<_>>(), 0),
+        }
     }
 
     /// A step of a model whose rows are tokens.

@@ -178,15 +178,20 @@ impl Cat {
     }
     /// dummy_fx and the representations of the first `k` chunks: `[B, k+1, D]`.
     pub(super) fn slots(&self, ids: &Tensor, k: usize, chunk: usize, recompute: bool) -> Result<Var> {
-        let Some(c) = &self.chunks else { return Err(Error::config("a dense model has no chunks")) };
-        let (b, d) = (ids.dim(0), self.config.decoder.dim);
         let row = self.config.table_row(chunk);
-        let dummy = expand(&reshape(&narrow(&c.dummy_fx, 0, row, 1)?, &[1, 1, d])?, &[b, 1, d])?;
-        if k == 0 {
-            return Ok(dummy);
-        }
-        let fx = c.f.forward(&ids.narrow(1, 0, k * chunk)?, chunk, row, recompute)?;
-        concat(&[&dummy, &fx], 1)
+        let fx = match &self.chunks {
+            Some(c) if k > 0 => Some(c.f.forward(&ids.narrow(1, 0, k * chunk)?, chunk, row, recompute)?),
+            _ => None,
+        };
+        self.slots_of(ids.dim(0), chunk, fx)
+    }
+    /// dummy_fx before the representations `[B, k, D]` of chunks, if there are any.
+    pub(super) fn slots_of(&self, b: usize, chunk: usize, fx: Option<Var>) -> Result<Var> {
+        let Some(c) = &self.chunks else { return Err(Error::config("a dense model has no chunks")) };
+        let d = self.config.decoder.dim;
+        let dummy = reshape(&narrow(&c.dummy_fx, 0, self.config.table_row(chunk), 1)?, &[1, 1, d])?;
+        let dummy = expand(&dummy, &[b, 1, d])?;
+        fx.map_or(Ok(dummy.clone()), |fx| concat(&[&dummy, &fx], 1))
     }
     /// (B, N) of ids, checked: rank 2, int64, not empty, N within block_size.
     fn check_ids(&self, ids: &Tensor) -> Result<(usize, usize)> {

@@ -27,6 +27,7 @@ pub struct FusedLinear<'a> {
     pub residual: Option<Tensor>,
     /// The weights have been there since before the kernel submitted last: a CUDA kernel may begin to read them while that one is
     /// under way.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(crate) settled: bool,
 }
 
@@ -93,45 +94,68 @@ impl<'a> FusedLinear<'a> {
 /// The formula above; x `[.., I]` of any strides, result `[.., O]`.
 ///
 /// On CUDA a few rows (eight) are one kernel, which reads the weights once and rounds once, at the end, and whose result for a
-/// row is the same in every bit whatever rows are beside it. Otherwise these are the ops one after the other.
+/// row is the same in every bit whatever rows are beside it. A gated product of some 300 rows is, on Hopper, a kernel after the
+/// norm's, which rounds once too. Otherwise these are the ops one after the other.
 pub fn fused_linear(x: &Tensor, map: FusedLinear) -> Result<Tensor> {
     let shape = map.check(x)?;
     let rows = shape[..shape.len() - 1].iter().product();
     let x = x.reshape(&[rows, map.weight.dim(1)])?;
-    let FusedLinear { norm, weight, up, bias, residual, settled } = map;
+    let FusedLinear { weight, residual, .. } = map;
+    // moved, not shared: the result may take its memory
     let residual = residual.map(|r| r.reshape(&[rows, weight.dim(0)])).transpose()?;
+    let map = FusedLinear { residual, ..map };
     #[cfg(feature = "cuda")]
-    let few = match x.device() {
-        crate::tensor::Device::Cuda(_) => {
-            let _op = crate::profile::enter("few_rows :: product");
-            super::cuda::few_rows::product(&x, norm, (weight, up), bias, residual.as_ref(), settled)?
-        }
-        crate::tensor::Device::Cpu => None,
-    };
-    #[cfg(not(feature = "cuda"))]
-    let few: Option<Tensor> = {
-        let _ = settled;
-        None
-    };
-    if let Some(y) = few {
-        let weights = weight.numel() * if up.is_some() { 2 } else { 1 };
+    if let crate::tensor::Device::Cuda(_) = x.device()
+        && let Some(y) = in_one(&x, &map)?
+    {
+        let weights = map.weight.numel() * if map.up.is_some() { 2 } else { 1 };
         crate::profile::moved((weights + x.numel() + y.numel()) * y.dtype().size());
         return y.reshape(&shape);
     }
+    by_ops(&x, map)?.reshape(&shape)
+}
+
+/// The product and what follows it as one kernel, for x `[R, I]`; `None` where none takes it, or none is worth it.
+#[cfg(feature = "cuda")]
+fn in_one(x: &Tensor, map: &FusedLinear) -> Result<Option<Tensor>> {
+    use super::cuda::{few_rows, gated_rows};
+    let residual = map.residual.as_ref();
+    {
+        let _op = crate::profile::enter("few_rows :: product");
+        if let Some(y) = few_rows::product(x, map.norm, (map.weight, map.up), map.bias, residual, map.settled)? {
+            return Ok(Some(y));
+        }
+    }
+    if !gated_rows::takes(x, map)? {
+        return Ok(None);
+    }
+    let n = normed(x, map)?;
+    let _op = crate::profile::enter("gated_rows :: product");
+    gated_rows::product(&n, map)
+}
+
+/// n.
+fn normed(x: &Tensor, map: &FusedLinear) -> Result<Tensor> {
+    let Some((w, eps)) = map.norm else { return Ok(x.clone()) };
+    no_grad(|| Ok(rms_norm(&Var::constant(x.clone()), &Var::constant(w.clone()), eps)?.into_value()))
+}
+
+/// The ops one after the other, for x `[R, I]`.
+fn by_ops(x: &Tensor, map: FusedLinear) -> Result<Tensor> {
+    let n = Var::constant(normed(x, &map)?);
+    let FusedLinear { weight, up, bias, residual, .. } = map;
     no_grad(|| {
         let constant = |t: &Tensor| Var::constant(t.clone());
-        let x = Var::constant(x);
-        let n = norm.map_or(Ok(x.clone()), |(w, eps)| rms_norm(&x, &constant(w), eps))?;
         let weight = constant(weight);
         if let Some(up) = up {
             let [gate, up] = linear_pair(&n, [&weight, &constant(up)])?;
-            return swiglu(&gate, &up)?.into_value().reshape(&shape);
+            return Ok(swiglu(&gate, &up)?.into_value());
         }
         let start = match (residual, bias) {
             (Some(r), Some(b)) => Some(add(&Var::constant(r), &constant(b))?.into_value()),
             (Some(r), None) => Some(r),
-            (None, _) => return linear(&n, &weight, bias.map(constant).as_ref())?.into_value().reshape(&shape),
+            (None, _) => return Ok(linear(&n, &weight, bias.map(constant).as_ref())?.into_value()),
         };
-        gemm(n.value(), &weight.value().transpose(0, 1)?, start, weight.dtype())?.reshape(&shape)
+        gemm(n.value(), &weight.value().transpose(0, 1)?, start, weight.dtype())
     })
 }

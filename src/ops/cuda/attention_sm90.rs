@@ -161,5 +161,5 @@ fn every(t: &Tensor, step: usize) -> Result<Option<Arg>> {
 
 fn map(t: &Tensor, sizes: [usize; 4], strides: [usize; 4]) -> Result<Option<Arg>> {
     let kind = if t.dtype() == DType::BF16 { cuda::Kind::BF16 } else { cuda::Kind::F16 };
-    boxes(t.gpu()?, t.pointer()?, kind, sizes, strides)
+    boxes(t.gpu()?, t.pointer()?, kind, sizes, strides, 64)
 }

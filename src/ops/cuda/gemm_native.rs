@@ -85,7 +85,7 @@ impl Operand {
     /// For the copy engine. One matrix stands for all of a batch that repeats it.
     fn map(&self, gpu: &Gpu, kind: Kind, batch: usize) -> Result<Option<Arg>> {
         let (batch, stride) = if self.batch_stride == 0 { (1, self.leading) } else { (batch, self.batch_stride) };
-        boxes(gpu, self.pointer, kind, [self.along, self.lines, batch], [1, self.leading, stride])
+        boxes(gpu, self.pointer, kind, [self.along, self.lines, batch], [1, self.leading, stride], 64)
     }
 }
 

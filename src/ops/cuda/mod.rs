@@ -16,6 +16,7 @@ pub mod concat;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod few_rows;
+pub mod gated_rows;
 pub mod gather;
 pub mod gemm_native;
 pub mod interpolate;
