@@ -8,8 +8,8 @@
 //   joint [R, H + 2 Hkv heads of d], rows by their stride, dense inside; weights wq, wk [d], or null: no norms; row r's angles
 //   are row index[r] of `table` [positions, n], f32: n/2 cosines, then n/2 sines. k and v [Hkv, T, d], contiguous.
 //   seen int64 [2, R]. y [R, H, d], overwritten. d is 64 << width. Rows of all begin on 16 bytes, and n/2 is a
-//   multiple of 16 bytes' elements. No row sees another's new row: each takes its own from where it was made, whoever writes it
-//   into the cache.
+//   multiple of 16 bytes' elements. No text sees another's new rows, and of cached_step_* no row another's: its own text's are
+//   taken from where they were made, whoever writes them into the cache.
 //
 // The order of operations is that of the kernels that it stands for, so that their bits come out. WARPS warps have a query head
 // of a row:

@@ -35,7 +35,7 @@ pub struct Prompt<'a> {
 
 impl Cat {
     /// Read texts from their beginnings, whatever was read of them before: the logits of their next tokens, `[prompts, V]`.
-    /// Those of one length and chunk size are read together, all full chunks compressed at once.
+    /// Those of one length and chunk size are read together, their full chunks compressed in pieces of bounded size.
     pub fn prefill(&self, cache: &mut Cache, prompts: &[Prompt]) -> Result<Tensor> {
         let c = self.config();
         let mut groups: BTreeMap<(usize, usize), Vec<usize>> = BTreeMap::new();

@@ -1,7 +1,8 @@
 //! The blocks of `layers`, for new rows that a cache takes in: inference, a norm, gate or residual add being part of the linear
 //! map beside it.
 //!
-//! Rows begin as gathered embeddings: whatever changed weights was submitted before that, so they are settled for all blocks.
+//! Rows begin as gathered embeddings: whatever changed weights was submitted before that, so they are settled for all blocks. The
+//! gather must not begin early: kernels that do follow one another without waiting for what is further back.
 
 use super::kv_cache::{CachedPass, KvCache, LayerCache};
 use super::layers::{Attention, Block, Mixer, Norm, Pass, Stack, kept};

@@ -28,7 +28,7 @@ pub fn cached_step(
     step(joint, heads, norm, table, caches, rows, scale, false)
 }
 
-/// As [`cached_step`]; `settled` if the norms' weights have been there since before the kernel submitted last.
+/// As [`cached_step`]; `settled` if the norms' weights are, as [`super::FusedLinear`] has it.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn step(
     joint: &Tensor,

@@ -25,8 +25,8 @@ pub struct FusedLinear<'a> {
     pub bias: Option<&'a Tensor>,
     /// `[.., O]`, contiguous; the result takes its memory where nobody else holds it.
     pub residual: Option<Tensor>,
-    /// The weights have been there since before the kernel submitted last: a CUDA kernel may begin to read them while that one is
-    /// under way.
+    /// The weights have been there since before some kernel that did not begin early, and that is before all that began early since:
+    /// a CUDA kernel may begin to read them while those are under way.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(crate) settled: bool,
 }

@@ -65,6 +65,9 @@ impl Cache {
         if len > c.block_size {
             return Err(Error::Length { len, block_size: c.block_size });
         }
+        if let (None, Some(sizes)) = (c.chunk_size, &self.chunk_sizes) {
+            return Err(Error::Usage(format!("this model has no chunks: leave out --chunk-sizes {sizes:?}")));
+        }
         let chunk_sizes = self.chunk_sizes.unwrap_or_else(|| c.training_chunk_sizes());
         let chunk_size = |size: usize| c.chunk_size.map(|_| size);
         chunk_sizes.iter().try_for_each(|&size| c.resolve_chunk_size(chunk_size(size)).map(drop))?;

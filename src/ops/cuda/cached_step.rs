@@ -27,13 +27,18 @@ pub(crate) fn forward(
     scale: f64,
     settled: bool,
 ) -> Result<Option<Tensor>> {
-    let all = heads.q + 2 * heads.kv;
+    // what does not fit is told by the ops one by one
+    let all = heads.kv.checked_mul(2).and_then(|kv| kv.checked_add(heads.q));
     let (&[1, r, width], &[kv, room, d]) = (joint.shape(), k.shape()) else { return Ok(None) };
     let beside: Vec<&Tensor> = [&*k, &*v].into_iter().chain(weights.into_iter().flat_map(|w| [&w.q, &w.k])).collect();
-    let same = beside.iter().all(|t| t.dtype() == joint.dtype() && t.device() == joint.device() && t.last_dim() == d);
-    let grouped = heads.kv > 0 && heads.q.is_multiple_of(heads.kv) && kv == heads.kv && width == all * d;
+    let same = beside.iter().all(|t| t.dtype() == joint.dtype() && t.device() == joint.device());
+    let weighed = weights.is_none_or(|w| w.q.shape() == [d] && w.k.shape() == [d]);
+    let grouped = heads.kv > 0
+        && heads.q.is_multiple_of(heads.kv)
+        && kv == heads.kv
+        && all.and_then(|all| all.checked_mul(d)) == Some(width);
     let placed = rows.len() == r && rows.least() <= room && table.len() == r && k.shape() == v.shape();
-    if !(joint.dtype().is_float() && same && grouped && placed) || r * heads.q == 0 {
+    if !(joint.dtype().is_float() && same && weighed && grouped && placed) || r * heads.q == 0 {
         return Ok(None);
     }
     let (n, p, half) = (table.width(), pack(joint), table.width() / 2);

@@ -23,9 +23,9 @@ pub(crate) fn takes(x: &Tensor, map: &FusedLinear) -> Result<bool> {
     let processors = gpu.multiprocessors as usize;
     // lines of 16 bytes throughout, as the copy engine has it
     let lines = |t: &Tensor| {
-        Ok::<_, crate::Error>(
-            t.pointer()?.is_multiple_of(16) && t.has_dense_rows() && t.layout().strides()[0].is_multiple_of(8),
-        )
+        let stride = t.layout().strides()[0];
+        let aligned = t.pointer()?.is_multiple_of(16) && stride > 0 && stride.is_multiple_of(8);
+        Ok::<_, crate::Error>(aligned && t.has_dense_rows())
     };
     Ok(gpu.capability == (9, 0)
         && gpu.shared_per_block as usize >= SHARED
@@ -36,6 +36,7 @@ pub(crate) fn takes(x: &Tensor, map: &FusedLinear) -> Result<bool> {
         && columns.is_multiple_of(4)
         // one round of blocks, which are almost all multiprocessors
         && (processors * 3 / 4..=processors).contains(&blocks(rows, columns))
+        && (map.norm.is_some() || lines(x)?)
         && lines(map.weight)?
         && lines(up)?)
 }
