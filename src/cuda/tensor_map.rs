@@ -9,8 +9,8 @@ use cudarc::driver::sys;
 /// Most dimensions that a map has here.
 const RANK: usize = 4;
 
-/// A tensor of 16-bit elements as boxes of so many lines (at most 256) by 64 elements, 16-byte chunks permuted by xor with the line modulo 8
-/// (`sm90.cuh`); zeros outside. `sizes`: the elements of a line, the lines, then what else there is, outermost last; `strides`:
+/// A tensor of 16-bit elements as boxes of `lines` lines (at most 256) by 64 elements, 16-byte chunks permuted by xor with the
+/// line modulo 8 (`sm90.cuh`); zeros outside. `sizes`: the elements of a line, the lines, then what else there is, outermost last; `strides`:
 /// elements from one line to the next, and so on. A stride over one line means nothing. `None` where the engine cannot address
 /// it: it wants multiples of 16 bytes, and no stride of 0.
 pub(crate) fn boxes<const N: usize>(

@@ -45,8 +45,9 @@ impl CacheRows {
         let most = seen.iter().map(Range::len).max().unwrap_or(0);
         Self::within(most, seen)
     }
-    /// Runs of at most `most` rows each, and a launch that depends on `most`, and on how rows of a text follow one another, alone: while runs grow it
-    /// may stay the same, as where launches are recorded once and run again. What is computed does not depend on it, in any bit.
+    /// Runs of at most `most` rows each, and a launch that depends on `most`, and on how rows of a text follow one another, alone:
+    /// while runs grow it may stay the same, as where launches are recorded once and run again. What is computed does not depend
+    /// on it, in any bit.
     pub fn within(most: usize, seen: Vec<Range<usize>>) -> Result<Self> {
         if let Some(r) = seen.iter().position(|s| s.len() > most) {
             return Err(Error::shape(OP, format!("row {r} sees {:?}, more than {most} rows", seen[r])));
