@@ -224,8 +224,9 @@ DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *ta
       const i64 at = text.end - 1 + i;
       if ((u32)(at - text.start) / STEP % WARPS == me) newest[place][i][0][lane] = key, newest[place][i][1][lane] = new_v[i];
       if (me == 0 && head == key_head * shared_by) {
-        store_words(k + at * D, x, D, key);
-        store_words(v + at * D, x, D, new_v[i]);
+        // indexed by packs: where the compiler adds up elements itself it loses their alignment, and stores word by word
+        reinterpret_cast<Words *>(k + at * D)[(u32)(x / P)] = key;
+        reinterpret_cast<Words *>(v + at * D)[(u32)(x / P)] = new_v[i];
       }
     }
   }
@@ -345,7 +346,7 @@ DEVICE void step(T *y, const T *joint, const T *wq, const T *wk, const float *ta
     Rounded to;
 #pragma unroll
     for (int c = 0; c < C; c++) to.x[c] = from_f32<T>(total[i].of.x[c] / total[i].sum);
-    *reinterpret_cast<Rounded *>(y + ((text.row + at) * heads + head) * D + C * lane) = to;
+    reinterpret_cast<Rounded *>(y)[((text.row + at) * heads + head) * (D / C) + lane] = to;
   }
 }
 

@@ -121,7 +121,15 @@ struct Key {
 }
 
 /// Workspace that algorithms may use: what NVIDIA recommends for Hopper.
-const WORKSPACE: usize = 32 << 20;
+const MOST_WORKSPACE: usize = 32 << 20;
+
+/// The library's choice for a product.
+#[derive(Clone, Copy)]
+struct Algorithm {
+    algorithm: sys::cublasLtMatmulAlgo_t,
+    /// Bytes of workspace that it needs.
+    workspace: usize,
+}
 
 struct Handle(sys::cublasLtHandle_t);
 // SAFETY: the library lets any thread use a handle.
@@ -131,8 +139,9 @@ unsafe impl Sync for Handle {}
 
 pub(super) struct Blas {
     handle: Handle,
-    workspace: CudaBuffer,
-    algorithms: Mutex<HashMap<Key, Option<sys::cublasLtMatmulAlgo_t>>>,
+    /// The last is as large as any product has needed so far. Captured work may use those before.
+    workspaces: Mutex<Vec<CudaBuffer>>,
+    algorithms: Mutex<HashMap<Key, Option<Algorithm>>>,
     /// Held while a product is submitted: one of several kernels must not be parted from its workspace by another's.
     submitting: Mutex<()>,
 }
@@ -166,8 +175,7 @@ impl Gpu {
         self.bind()?;
         let handle =
             Handle(lt::create_handle().map_err(|e| self.refused("cannot start (--gemm native does without it)", e))?);
-        let workspace = counted_as(Category::Other, || CudaBuffer::new(self, WORKSPACE))?;
-        let blas = Blas { handle, workspace, algorithms: Mutex::default(), submitting: Mutex::default() };
+        let blas = Blas { handle, workspaces: Mutex::default(), algorithms: Mutex::default(), submitting: Mutex::default() };
         let blas: &'static Blas = Box::leak(Box::new(blas));
         all.push((self.ordinal, blas));
         Ok(blas)
@@ -196,7 +204,10 @@ impl Gpu {
         let tf32 = p.input == Kind::F32 && TF32.load(Relaxed);
         let failed = |e| self.refused(&format!("refuses {p:?}"), e);
         let d = self.describe(p, tf32).map_err(failed)?;
-        let Some(algorithm) = blas.algorithm(p, tf32, &d).map_err(failed)? else { return Ok(false) };
+        let Some(Algorithm { algorithm, workspace }) = blas.algorithm(p, tf32, &d).map_err(failed)? else {
+            return Ok(false);
+        };
+        let pointer = blas.workspace(self, workspace)?;
         let (one, beta) = (1f32, if p.accumulate { 1f32 } else { 0f32 });
         self.bind()?;
         let _submitting = blas.submitting.lock().unwrap_or_else(|e| e.into_inner());
@@ -217,8 +228,8 @@ impl Gpu {
                 p.d.pointer as *mut c_void,
                 d.layouts[2],
                 &algorithm,
-                blas.workspace.pointer() as *mut c_void,
-                WORKSPACE,
+                pointer as *mut c_void,
+                workspace,
                 self.queue().cast(),
             )
             .map_err(failed)?;
@@ -264,13 +275,29 @@ impl Gpu {
 }
 
 impl Blas {
+    /// Where so many bytes of workspace are; all products of a stream use them in turn.
+    fn workspace(&self, gpu: &'static Gpu, bytes: usize) -> Result<u64> {
+        let mut all = self.workspaces.lock().unwrap_or_else(|e| e.into_inner());
+        if bytes == 0 {
+            return Ok(0);
+        }
+        match all.last() {
+            Some(last) if last.bytes() >= bytes => Ok(last.pointer()),
+            _ => {
+                let new = super::replay::outside(|| counted_as(Category::Other, || CudaBuffer::new(gpu, bytes)))?;
+                let pointer = new.pointer();
+                all.push(new);
+                Ok(pointer)
+            }
+        }
+    }
     /// The library's choice for such a product, asked for once; `None` where it has none.
     fn algorithm(
         &self,
         p: &Product,
         tf32: bool,
         d: &Descriptions,
-    ) -> std::result::Result<Option<sys::cublasLtMatmulAlgo_t>, lt::CublasError> {
+    ) -> std::result::Result<Option<Algorithm>, lt::CublasError> {
         let alignment = |m: &Matrix, kind: Kind| {
             // of every row, and of every matrix of the batch
             let bytes = [m.leading, m.batch_stride].map(|n| (n as u64).wrapping_mul(kind.size() as u64));
@@ -303,7 +330,7 @@ impl Blas {
         let preference = lt::create_matmul_pref()?;
         let ask = || {
             use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
-            let (bytes, workspace) = (key.alignment.map(|a| 1u32 << a), WORKSPACE);
+            let (bytes, workspace) = (key.alignment.map(|a| 1u32 << a), MOST_WORKSPACE);
             // partial sums of a split product are added in f32, not rounded to the output's 16 bits first
             let reductions = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
             let settings = [
@@ -330,7 +357,10 @@ impl Blas {
         let unsupported =
             [sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED, sys::cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE];
         let found = match answer {
-            Ok(heuristic) => Some(heuristic.algo),
+            Ok(heuristic) => {
+                tracing::debug!("cuBLASLt needs {} bytes of workspace for {p:?}", heuristic.workspaceSize);
+                Some(Algorithm { algorithm: heuristic.algo, workspace: heuristic.workspaceSize })
+            }
             Err(e) if unsupported.contains(&e.0) => None,
             Err(e) => return Err(e),
         };

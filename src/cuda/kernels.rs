@@ -59,7 +59,7 @@ kernels! {
         cached_pairs_one, cached_pairs_four, cached_pairs_wide;
     cast: ["float" "bf16" "f16"] [] => cast_to_float, cast_to_bf16, cast_to_f16;
     adamw: ["float" "bf16" "f16"] [] => adamw_squares, adamw_norm, adamw_update;
-    advance: ["i64"] [] => advance;
+    advance: ["i64"] [] => advance, fill_chunks;
     assemble_blocks: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => assemble_blocks, assemble_blocks_backward,
         assemble_blocks_separator;
     cross_entropy: ["float" "bf16" "f16"] ["PACKED=1" "PACKED=0"] => cross_entropy, cross_entropy_backward,

@@ -165,7 +165,8 @@ impl CudaBuffer {
     pub fn new(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
         let counted = bytes.max(1).next_multiple_of(512);
         let home = Pieces::current(gpu);
-        if let Some(Piece { pointer, category, .. }) = home.as_ref().and_then(|h| h.take(counted)) {
+        let category = category();
+        if let Some(pointer) = home.as_ref().and_then(|h| h.take(counted)) {
             return Ok(Self { gpu, pointer, bytes, counted, category, home });
         }
         super::replay::refuse_here(gpu.ordinal, "take new memory")?;
@@ -189,8 +190,10 @@ impl CudaBuffer {
             }
             other => check(gpu.ordinal, "take device memory", other)?,
         };
-        let category = category();
         gpu.memory.take(counted, category);
+        if let Some(home) = &home {
+            home.add(Piece { pointer, counted, category });
+        }
         Ok(Self { gpu, pointer, bytes, counted, category, home })
     }
     pub fn zeroed(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
@@ -219,6 +222,9 @@ impl CudaBuffer {
     pub fn pointer(&self) -> u64 {
         self.pointer
     }
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
     /// Overwrite bytes from the first on with some of main memory.
     pub fn upload(&self, from: &[u8]) -> Result<()> {
         if from.len() > self.bytes {
@@ -245,10 +251,9 @@ impl std::fmt::Debug for CudaBuffer {
 
 impl Drop for CudaBuffer {
     fn drop(&mut self) {
-        let piece = Piece { pointer: self.pointer, counted: self.counted, category: self.category };
         match &self.home {
-            Some(home) => home.give(piece),
-            None => piece.free(self.gpu),
+            Some(home) => home.give(self.pointer, self.counted),
+            None => Piece { pointer: self.pointer, counted: self.counted, category: self.category }.free(self.gpu),
         }
     }
 }

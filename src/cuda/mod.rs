@@ -26,6 +26,6 @@ pub(crate) use memory::CudaBuffer;
 pub use memory::CudaMemory;
 pub use module::{CompileReport, cache_folder, compile_for};
 pub(crate) use module::{Symbol, Variant};
-pub(crate) use replay::{Replay, Workspace};
+pub(crate) use replay::{Replay, Workspace, outside};
 pub(crate) use spans::{Span, Work, start as start_spans, stop as stop_spans};
 pub(crate) use tensor_map::boxes;

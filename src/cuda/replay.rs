@@ -1,18 +1,20 @@
 //! Work that is captured once and submitted again as a whole, as a CUDA graph: one call instead of one for each kernel.
 //!
 //! A graph repeats every kernel with the very arguments that it was captured with, so what it works on must stay where it is.
-//! Memory that its work takes and gives back on the way comes from a [`Workspace`], which keeps the pieces: the work is run in
-//! it once as usual, then captured, and asks for the same pieces again in the same order. Nothing is allocated in between.
+//! Memory that its work takes and gives back on the way comes from a [`Workspace`], which keeps it: the work is run in it once or
+//! more as usual, until it finds all that it asks for, and then captured. Several works may share one, if they run in turn: what
+//! one leaves the next may take, so nothing that stays after a work may lie there ([`outside`]).
 //!
 //! Capturing happens on a stream of its own, by one thread, so others may go on submitting work to the device meanwhile.
 
 use super::gpu::{Gpu, check};
 use super::memory::Piece;
 use super::spans;
+use crate::runs::Runs;
 use crate::{Error, Result};
 use cudarc::driver::{CudaStream, result, sys};
 use std::cell::RefCell;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 thread_local! {
     static CURRENT: RefCell<Option<Current>> = const { RefCell::new(None) };
@@ -26,15 +28,22 @@ struct Current {
     capture: Option<Arc<CudaStream>>,
 }
 
+/// Run `f` with this thread in no workspace, for what outlives them all.
+pub(crate) fn outside<R>(f: impl FnOnce() -> R) -> R {
+    with_current(None, f)
+}
 /// Run `f` with this thread in a workspace.
 fn within<R>(current: Current, f: impl FnOnce() -> R) -> R {
+    with_current(Some(current), f)
+}
+fn with_current<R>(current: Option<Current>, f: impl FnOnce() -> R) -> R {
     struct Restore(Option<Current>);
     impl Drop for Restore {
         fn drop(&mut self) {
             CURRENT.set(self.0.take());
         }
     }
-    let _restore = Restore(CURRENT.replace(Some(current)));
+    let _restore = Restore(CURRENT.replace(current));
     f()
 }
 
@@ -55,10 +64,10 @@ pub(super) fn refuse_here(ordinal: usize, what: &str) -> Result<()> {
     Err(Error::Device { device: format!("cuda:{ordinal}"), detail })
 }
 
-/// The pieces of a workspace that nobody holds.
+/// The memory of a workspace: what it took of the device, and which bytes of each piece nobody holds.
 pub(crate) struct Pieces {
     gpu: &'static Gpu,
-    free: Mutex<Vec<Piece>>,
+    all: Mutex<Vec<(Piece, Runs)>>,
 }
 
 impl Pieces {
@@ -66,34 +75,57 @@ impl Pieces {
     pub(super) fn current(gpu: &Gpu) -> Option<Arc<Self>> {
         CURRENT.with_borrow(|c| c.as_ref().map(|c| c.pieces.clone()).filter(|p| p.gpu.ordinal == gpu.ordinal))
     }
-    /// One of exactly this size, the last that came back.
-    pub(super) fn take(&self, counted: usize) -> Option<Piece> {
-        let mut free = self.free.lock().unwrap_or_else(|e| e.into_inner());
-        let at = free.iter().rposition(|p| p.counted == counted)?;
-        Some(free.remove(at))
+    fn all(&self) -> MutexGuard<'_, Vec<(Piece, Runs)>> {
+        self.all.lock().unwrap_or_else(|e| e.into_inner())
     }
-    pub(super) fn give(&self, piece: Piece) {
-        self.free.lock().unwrap_or_else(|e| e.into_inner()).push(piece);
+    /// Bytes that somebody holds.
+    fn held(&self) -> usize {
+        self.all().iter().map(|(piece, free)| piece.counted - free.len()).sum()
+    }
+    /// So many bytes, of the shortest run that has them.
+    pub(super) fn take(&self, bytes: usize) -> Option<u64> {
+        let mut all = self.all();
+        let rooms = all.iter_mut().filter_map(|(piece, free)| Some((free.room(bytes)?, piece.pointer, free)));
+        let (_, pointer, free) = rooms.min_by_key(|(room, ..)| *room)?;
+        free.take(bytes).map(|run| pointer + run.start as u64)
+    }
+    /// One piece more, all of which somebody holds.
+    pub(super) fn add(&self, piece: Piece) {
+        self.all().push((piece, Runs::new(0)));
+    }
+    pub(super) fn give(&self, pointer: u64, bytes: usize) {
+        let mut all = self.all();
+        let of = all.iter_mut().find(|(p, _)| (p.pointer..p.pointer + p.counted as u64).contains(&pointer));
+        if let Some((piece, free)) = of {
+            let start = (pointer - piece.pointer) as usize;
+            free.give(start..start + bytes);
+        }
     }
 }
 
 impl Drop for Pieces {
     fn drop(&mut self) {
-        let free = std::mem::take(&mut *self.free.lock().unwrap_or_else(|e| e.into_inner()));
-        free.into_iter().for_each(|p| p.free(self.gpu));
+        std::mem::take(&mut *self.all()).into_iter().for_each(|(piece, _)| piece.free(self.gpu));
     }
 }
 
-/// Memory for one piece of work, which needs the same each time it runs. Given back when nobody holds any of it.
+/// Memory for works that run in turn and need the same each time. Given back when nobody holds any of it.
 pub(crate) struct Workspace(Arc<Pieces>);
 
 impl Workspace {
     pub fn new(gpu: &'static Gpu) -> Self {
-        Self(Arc::new(Pieces { gpu, free: Mutex::default() }))
+        Self(Arc::new(Pieces { gpu, all: Mutex::default() }))
     }
-    /// Run the work, in this memory.
-    pub fn run<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
-        within(Current { pieces: self.0.clone(), capture: None }, work)
+    /// Run the work, in this memory. Errors if some of it stays in use: the next work would overwrite it.
+    pub fn run(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        within(Current { pieces: self.0.clone(), capture: None }, work)?;
+        match self.0.held() {
+            0 => Ok(()),
+            n => {
+                let detail = format!("{n} bytes of a workspace are in use after the work: take them outside");
+                Err(Error::Device { device: format!("cuda:{}", self.0.gpu.ordinal), detail })
+            }
+        }
     }
     /// Capture the work, which has run in this workspace before. Nothing is executed. Errors on anything that cannot be
     /// repeated: copies from and to main memory, requests for more memory.

@@ -10,7 +10,8 @@ use std::collections::VecDeque;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Decoding {
-    /// Runs of steps, until a chunk fills up, without a word from main memory; each step one captured graph.
+    /// Runs of steps without a word from main memory, to where the chunks of some texts fill up and not those of all; each step
+    /// one captured graph.
     #[default]
     Graphs,
     /// The same runs, kernel by kernel.
@@ -63,7 +64,7 @@ impl Generation {
 #[cfg(feature = "cuda")]
 mod runs {
     use super::{Decoding, Generation};
-    use crate::model::{Ahead, AheadRow, Cache, First, MOST_STEPS, TextId};
+    use crate::model::{Ahead, AheadRow, First, MOST_STEPS, TextId};
     use crate::random;
     use crate::tensor::Device;
     use crate::{Error, Result};
@@ -120,17 +121,14 @@ mod runs {
             if left == 0 || rows.is_empty() {
                 return Ok(false);
             }
-            let open = |cache: &mut Cache| {
-                let each = next.iter().map(|n| model.open_steps(cache, n.0)).collect::<Result<Vec<_>>>();
-                each.map(|each| each.into_iter().min().unwrap_or(0))
-            };
-            let steps = open(&mut self.cache)?.min(left);
+            let texts: Vec<TextId> = next.iter().map(|n| n.0).collect();
+            let steps = model.steps_ahead(&mut self.cache, &texts)?.min(left);
             let (first, steps, tokens) = if steps > 0 {
                 (First::Known(newest.clone()), steps, steps)
             } else {
-                // the step that fills chunks has to be told
+                // a step that fills the chunks of some has to be told
                 let logits = model.step(&mut self.cache, &next)?;
-                let steps = open(&mut self.cache)?.min(left - 1);
+                let steps = model.steps_ahead(&mut self.cache, &texts)?.min(left - 1).min(MOST_STEPS - 1);
                 (First::Logits(logits), steps, steps + 1)
             };
             let known = matches!(first, First::Known(_));

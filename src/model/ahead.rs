@@ -1,8 +1,9 @@
-//! Steps of decoding that a device takes by itself: as long as no chunk fills up, a step needs nothing from main memory, not
-//! even the token of the step before, and can be submitted again and again as one captured graph.
+//! Steps of decoding that a device takes by itself: as long as no chunk fills up, or all do in the same step, a step needs nothing
+//! from main memory, not even the token of the step before, and can be submitted again and again as one captured graph.
 
 use super::cache::{Cache, Text, TextId, layer_rows_at, rows_at};
 use super::cat::Cat;
+use super::compressor::Sized;
 use super::config::ModelType;
 use super::kv_cache::{CachedPass, LayerPass};
 use super::layers::Pass;
@@ -10,8 +11,8 @@ use super::plan::ChunkPlan;
 use crate::autograd::no_grad;
 use crate::cuda::{Replay, Workspace};
 pub(crate) use crate::ops::cuda::advance::MOST_STEPS;
-use crate::ops::cuda::advance::{StepRow, Steps};
-use crate::ops::{Mask, RopeTable, Sampling};
+use crate::ops::cuda::advance::{Chunking, StepRow, Steps};
+use crate::ops::{Mask, RopeTable, Sampling, concat_tensors};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -42,10 +43,32 @@ pub(crate) struct Ahead {
     table: RopeTable,
     room: Room,
     workspace: Workspace,
-    graph: Option<Replay>,
-    /// What cannot be captured is submitted kernel by kernel.
-    plain: bool,
+    open: Work,
+    /// What fills chunks, where all rows do so in the same steps.
+    fill: Option<(Fill, Work)>,
 }
+
+/// What steps that fill chunks need beside.
+#[derive(Debug)]
+struct Fill {
+    sized: Sized,
+    /// Angles of the new rows, `header` a text.
+    rope: RopeTable,
+}
+
+/// A kind of step.
+#[derive(Debug, Default)]
+struct Work {
+    graph: Option<Replay>,
+    /// How often it ran kernel by kernel.
+    ran: usize,
+    /// How often it could not be captured.
+    refused: usize,
+}
+
+/// Both kinds of steps use the same memory in turn, of which the first times take what there is not yet: what cannot be
+/// captured then may be later.
+const TRIES: usize = 4;
 
 /// Of the three kinds of cache rows (`Steps::cache_rows`), the most that a row may ever see, on which launches depend, and
 /// the least that caches hold.
@@ -70,13 +93,32 @@ impl Room {
 const WORTH: usize = 4;
 
 impl Cat {
-    /// Steps that a text can take before the one that fills its chunk.
-    pub(crate) fn open_steps(&self, cache: &mut Cache, id: TextId) -> Result<usize> {
-        let text = cache.text(id)?;
-        Ok(if text.chunk == 0 { MOST_STEPS } else { text.chunk - 1 - text.tokens % text.chunk })
+    /// Steps that texts can take together in a run: none that fills a chunk, unless all do so in the same step.
+    pub(crate) fn steps_ahead(&self, cache: &mut Cache, texts: &[TextId]) -> Result<usize> {
+        if self.chunking(cache, texts)?.is_some() {
+            return Ok(MOST_STEPS);
+        }
+        let mut least = MOST_STEPS;
+        for &id in texts {
+            let text = cache.text(id)?;
+            least = least.min(text.tokens.checked_rem(text.chunk).map_or(MOST_STEPS, |tail| text.chunk - 1 - tail));
+        }
+        Ok(least)
+    }
+    /// How these texts fill chunks, if all do so in the same steps, of a model with slots.
+    fn chunking(&self, cache: &mut Cache, texts: &[TextId]) -> Result<Option<Chunking>> {
+        let (Some(_), Some(&first)) = (&self.chunks, texts.first()) else { return Ok(None) };
+        let (chunk, tokens) = cache.text(first).map(|t| (t.chunk, t.tokens))?;
+        for &id in texts {
+            let text = cache.text(id)?;
+            if chunk == 0 || text.chunk != chunk || text.tokens % chunk != tokens % chunk {
+                return Ok(None);
+            }
+        }
+        Ok(Some(Chunking { chunk, header: if self.separator().is_some() { 2 } else { 1 } }))
     }
 
-    /// Submit `n` steps of some texts, none of which fills a chunk, after which each has `n` new tokens, one more with
+    /// Submit `n` steps of some texts, no more than [`Cat::steps_ahead`], after which each has `n` new tokens, one more with
     /// [`First::Logits`]: see [`Ahead::tokens`]. The cache's texts count them only once [`Cache::landed`] is told.
     pub(crate) fn run_ahead(
         &self,
@@ -86,17 +128,21 @@ impl Cat {
         (first, n, limit, graphs): (First, usize, usize, bool),
     ) -> Result<Ahead> {
         let (mut told, mut room, mut positions) = (Vec::with_capacity(rows.len()), Room::default(), 0);
+        let chunking = self.chunking(cache, &rows.iter().map(|r| r.text).collect::<Vec<_>>())?;
+        let mut tail = 0;
         for (i, r) in rows.iter().enumerate() {
             let text = cache.text(r.text)?;
             let last = text.tokens + n.max(1);
-            let need = self.cache_size(Some(text.chunk).filter(|c| *c > 0), last, last);
+            tail = text.pending.len();
+            let need = self.cache_size(Some(text.chunk).filter(|c| *c > 0), text.tokens + 1, last);
             if text.tokens == 0 || n > 0 && !cache.text(r.text)?.size().fits(need?) {
                 return Err(Error::shape("run_ahead", format!("{n} steps have no room in the cache")));
             }
             let text = cache.text(r.text)?;
             room = room.with(text);
             let mut row = self.step_row(text, r);
-            positions = positions.max(row.position + n).max(row.inside + n);
+            let last = chunking.map_or(row.position + n, |c| c.header + c.chunk);
+            positions = positions.max(last).max(row.inside + n);
             if let First::Known(ids) = &first {
                 row.newest = ids[i];
             }
@@ -106,22 +152,33 @@ impl Cat {
             cache.rope(self, &[positions])?;
             let table = cache.rope_table().clone();
             let greedy = told.iter().all(StepRow::is_greedy);
+            let sized = chunking.map(|c| self.sized(cache, c.chunk)).transpose()?;
             let fits = |a: &Ahead| {
                 let same = a.steps.len() == rows.len() && a.greedy == greedy && a.limit == limit && a.table.is(&table);
-                same && (0..3).all(|i| room.most[i] <= a.room.most[i])
+                let fills = match (&a.fill, &sized) {
+                    (Some((fill, _)), Some(sized)) => fill.sized.rope.is(&sized.rope),
+                    (fill, sized) => fill.is_none() && sized.is_none(),
+                };
+                same && fills && (0..3).all(|i| room.most[i] <= a.room.most[i])
             };
             let mut ahead = match before.filter(fits) {
                 Some(ahead) => ahead,
-                None => Ahead {
-                    steps: Steps::new(rows.len(), self.device())?,
-                    greedy,
-                    limit,
-                    workspace: Workspace::new(self.output.value().gpu()?),
-                    graph: None,
-                    plain: false,
-                    table,
-                    room,
-                },
+                None => {
+                    let fill = |(sized, c): (Sized, Chunking)| -> Result<_> {
+                        let positions: Vec<usize> = (0..rows.len()).flat_map(|_| 0..c.header).collect();
+                        Ok((Fill { sized, rope: table.select(&positions)? }, Work::default()))
+                    };
+                    Ahead {
+                        steps: Steps::new(rows.len(), chunking, self.device())?,
+                        greedy,
+                        limit,
+                        workspace: Workspace::new(self.output.value().gpu()?),
+                        open: Work::default(),
+                        fill: sized.zip(chunking).map(fill).transpose()?,
+                        table,
+                        room,
+                    }
+                }
             };
             ahead.room.least = room.least;
             ahead.steps.set(&told, matches!(first, First::Logits(_)))?;
@@ -129,18 +186,48 @@ impl Cat {
                 ahead.steps.choose(&logits, limit, greedy)?;
             }
             for done in 0..n {
-                if let Some(graph) = &mut ahead.graph {
-                    graph.submit()?;
-                    continue;
-                }
-                let Ahead { workspace, steps, table, room, .. } = &mut ahead;
-                workspace.run(|| self.open_step(cache, *room, steps, table, (limit, greedy)))?;
-                if graphs && !ahead.plain && n - done > WORTH {
-                    self.capture(cache, &mut ahead);
-                }
+                let fills = chunking.is_some_and(|c| (tail + done + 1) % c.chunk == 0);
+                self.submit(cache, &mut ahead, fills, graphs && (fills || n - done > WORTH))?;
             }
             Ok(ahead)
         })
+    }
+
+    /// Submit a step; once it ran, it is captured if that is `wanted`.
+    fn submit(&self, cache: &mut Cache, ahead: &mut Ahead, fills: bool, wanted: bool) -> Result<()> {
+        let Ahead { steps, greedy, limit, table, room, workspace, open, fill } = ahead;
+        let (room, how) = (*room, (*limit, *greedy));
+        let (fill, work) = match fill {
+            Some((fill, work)) if fills => (Some(&*fill), work),
+            _ => (None, open),
+        };
+        let mut step = || match fill {
+            Some(fill) => self.filling_step(cache, room, steps, fill, how),
+            None => self.open_step(cache, room, steps, table, how),
+        };
+        if wanted && work.graph.is_none() && work.ran > 0 && work.refused < TRIES {
+            // SAFETY: a step works on weights, cache, rope tables and `steps`, whose storage stays where it is: `ahead` holds the
+            // tables, what is computed of weights for a chunk size, and the steps; and who submits the graph does so for this model
+            // and this cache.
+            match unsafe { workspace.capture(&mut step) } {
+                Ok(graph) => work.graph = Some(graph),
+                Err(e) => {
+                    work.refused += 1;
+                    if work.refused == TRIES {
+                        tracing::warn!(
+                            "a step of decoding cannot be captured, so its kernels are submitted one by one: {e}"
+                        );
+                    }
+                }
+            }
+        }
+        match &mut work.graph {
+            Some(graph) => graph.submit(),
+            None => {
+                work.ran += 1;
+                workspace.run(step)
+            }
+        }
     }
 
     /// A step by what `steps` says.
@@ -164,25 +251,39 @@ impl Cat {
         steps.choose(&self.last_logits(&h)?, limit, greedy)
     }
 
-    /// Capture a step, which has run in the workspace once.
-    fn capture(&self, cache: &mut Cache, ahead: &mut Ahead) {
-        let Ahead { workspace, steps, table, room, greedy, limit, .. } = ahead;
-        // SAFETY: a step works on weights, cache, rope table and `steps`, whose storage stays where it is: `ahead` holds the
-        // table and the steps, and who submits the graph does so for this model and this cache.
-        let graph = unsafe { workspace.capture(|| self.open_step(cache, *room, steps, table, (*limit, *greedy))) };
-        match graph {
-            Ok(graph) => ahead.graph = Some(graph),
-            Err(e) => {
-                tracing::warn!("a step of decoding cannot be captured, so its kernels are submitted one by one: {e}");
-                ahead.plain = true;
-            }
-        }
+    /// A step in which every text's chunk fills up: its last token need not run, as in `chunk_step`.
+    fn filling_step(
+        &self,
+        cache: &mut Cache,
+        room: Room,
+        steps: &mut Steps,
+        fill: &Fill,
+        (limit, greedy): (usize, bool),
+    ) -> Result<()> {
+        let rows = steps.fill(room.most[0], room.least[0])?;
+        let (r, header) = (steps.len(), rows.len() / steps.len());
+        let chunk = steps.chunking().map_or(0, |c| c.chunk);
+        let fx = self.compressed(&fill.sized, chunk, r, |f, some| {
+            let [ids, places] = f.tables();
+            Ok([steps.block_embedding(ids, some.clone())?, steps.chunk_embedding(places, some)?])
+        })?;
+        let d = fx.dim(1);
+        let x = match self.separator_rows(r)? {
+            Some(separator) => concat_tensors(&[&fx.reshape(&[r, 1, d])?, separator.value()], 1)?,
+            None => fx,
+        };
+        let mut pass = Pass::new(fill.rope.clone(), Mask::Causal);
+        pass.keep = (header > 1).then(|| (0..r).map(|i| header * i + header - 1).collect());
+        let cached = CachedPass { rows, prompt: false, layer: None };
+        let h = self.decoder.forward_cached(x.reshape(&[1, header * r, d])?, &pass, &mut cache.layers, &cached)?;
+        steps.choose(&self.last_logits(&h)?, limit, greedy)
     }
 
-    /// What a text reads in its next step, which does not fill its chunk.
+    /// What a text reads in its next step.
     fn step_row(&self, text: &Text, r: &AheadRow) -> StepRow {
         let (c, n) = (self.config(), text.tokens + 1);
-        let rows = rows_at(c, text.chunk, n);
+        // as if its chunk went on, where it is the row of the chunk's last token
+        let rows = rows_at(c, text.chunk, text.tokens) + 1;
         let within = |start: usize, from: usize, to: usize| start + from..start + to;
         let (layer, at) = match c.model_type {
             ModelType::CatLayer => (layer_rows_at(c, text.chunk, n), text.tokens % text.chunk),
@@ -193,9 +294,10 @@ impl Cat {
             layer_rows: within(text.layer_rows.start, 0, layer),
             open: within(text.open.start, at, at + 1),
             // slots take positions of their own
-            position: if self.chunks.is_some() { rows - n / text.chunk - 1 } else { text.tokens },
+            position: if self.chunks.is_some() { rows - text.tokens / text.chunk - 1 } else { text.tokens },
             inside: if c.model_type == ModelType::CatLayer { n % text.chunk } else { 0 },
             newest: 0,
+            block: text.pending.clone(),
             how: r.how,
             key: r.key,
             number: r.number,
@@ -215,8 +317,9 @@ impl Cache {
     pub(crate) fn landed(&mut self, id: TextId, read: &[i64]) -> Result<()> {
         let text = self.text(id)?;
         text.tokens += read.len();
-        if text.chunk > 0 {
+        if let Some(tail) = text.tokens.checked_rem(text.chunk) {
             text.pending.extend(read);
+            text.pending.drain(..text.pending.len() - tail);
         }
         Ok(())
     }

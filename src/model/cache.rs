@@ -5,16 +5,17 @@
 //! any lengths and chunk sizes share a cache, and what one leaves the next may take.
 
 use super::cat::Cat;
+use super::compressor::Sized;
 use super::config::{LayerType, ModelConfig, ModelType};
 use super::kv_cache::{CacheFormat, LayerCache};
 use super::plan::ChunkPlan;
-use crate::autograd::Var;
 use crate::memory::{Category, counted_as};
 use crate::ops::RopeTable;
+use crate::runs::Runs;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
-use std::iter::{self, Sum};
+use std::iter::Sum;
 use std::ops::{Add, Range};
 
 /// Rows of a cache, in each layer of a kind: what one text needs, or many together.
@@ -89,9 +90,9 @@ pub struct Cache {
     layer_rows: Runs,
     open: Runs,
     rope: RopeTable,
-    /// The compressor's projection, by chunk size: resized once, not for every chunk that fills. Forgotten when a text is read
+    /// What the compressor needs for a chunk size: computed once, not for every chunk that fills. Forgotten when a text is read
     /// from its beginning, since weights may have changed before that.
-    pub(super) projections: BTreeMap<usize, Var>,
+    pub(super) sized: BTreeMap<usize, Sized>,
 }
 
 impl Cat {
@@ -126,7 +127,7 @@ impl Cat {
             self.decoder.blocks.iter().map(|b| b.new_cache(size, format)).collect::<Result<Vec<_>>>()
         })?;
         let [rows, layer_rows, open] = [size.rows, size.layer_rows, size.open_rows].map(Runs::new);
-        Ok(Cache { layers, texts: vec![], rows, layer_rows, open, rope: self.rope(&[])?, projections: BTreeMap::new() })
+        Ok(Cache { layers, texts: vec![], rows, layer_rows, open, rope: self.rope(&[])?, sized: BTreeMap::new() })
     }
 }
 
@@ -212,44 +213,6 @@ impl Cache {
     }
 }
 
-/// Rows `0..n` as runs that are taken and given back.
-#[derive(Clone, Debug)]
-struct Runs {
-    /// What is free, in order; neighbours are joined.
-    free: Vec<Range<usize>>,
-}
-
-impl Runs {
-    fn new(n: usize) -> Self {
-        Self { free: iter::once(0..n).collect() }
-    }
-    /// The first `n` rows in a run; none where no run is so long.
-    fn take(&mut self, n: usize) -> Option<Range<usize>> {
-        if n == 0 {
-            return Some(0..0);
-        }
-        let run = self.free.iter_mut().find(|r| r.len() >= n)?;
-        let taken = run.start..run.start + n;
-        run.start += n;
-        self.free.retain(|r| !r.is_empty());
-        Some(taken)
-    }
-    fn give(&mut self, run: Range<usize>) {
-        if run.is_empty() {
-            return;
-        }
-        let at = self.free.partition_point(|r| r.start < run.start);
-        self.free.insert(at, run);
-        self.free.dedup_by(|next, before| {
-            let joined = before.end == next.start;
-            if joined {
-                before.end = next.end;
-            }
-            joined
-        });
-    }
-}
-
 /// Ids as the model takes them, or the first that it does not.
 pub(super) fn check_ids(ids: impl IntoIterator<Item = i64>, rows: usize) -> Result<()> {
     for (at, id) in ids.into_iter().enumerate() {
@@ -270,37 +233,4 @@ pub(super) fn in_order(parts: &[Tensor], order: &[usize]) -> Result<Tensor> {
         return Ok(joined);
     }
     Ok(crate::ops::index_select(&joined.into(), 0, order)?.into_value())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        /// Runs never overlap, and what was given back can be taken again as one.
-        #[test]
-        fn runs_are_taken_once(sizes in prop::collection::vec(0usize..9, 1..40), keep in any::<u64>()) {
-            let (mut runs, mut held, mut owner) = (Runs::new(60), Vec::new(), [false; 60]);
-            for (i, &n) in sizes.iter().enumerate() {
-                let free: usize = runs.free.iter().map(|r| r.len()).sum();
-                prop_assert_eq!(free, owner.iter().filter(|o| !**o).count());
-                match runs.take(n) {
-                    Some(run) => {
-                        prop_assert_eq!(run.len(), n);
-                        run.clone().for_each(|r| assert!(!std::mem::replace(&mut owner[r], true)));
-                        held.push(run);
-                    }
-                    None => prop_assert!(runs.free.iter().all(|r| r.len() < n)),
-                }
-                if keep >> (i % 64) & 1 == 1 && !held.is_empty() {
-                    let run = held.swap_remove(i % held.len());
-                    run.clone().for_each(|r| owner[r] = false);
-                    runs.give(run);
-                }
-            }
-            held.into_iter().for_each(|r| runs.give(r));
-            prop_assert_eq!(runs.free, iter::once(0..60).collect::<Vec<_>>());
-        }
-    }
 }

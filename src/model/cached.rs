@@ -3,13 +3,14 @@
 //! fill up are compressed apart, by size.
 
 use super::cache::{Cache, Text, TextId, check_ids, in_order, layer_rows_at, plan_of, rows_at};
-use super::cat::Cat;
+use super::cat::{Cat, Chunks};
+use super::compressor::{Compressor, Sized};
 use super::config::{LayerType, ModelType};
 use super::kv_cache::{CachedPass, FullChunks, LayerPass};
 use super::layers::Pass;
 use super::plan::ChunkPlan;
 use crate::autograd::{Var, no_grad};
-use crate::ops::{self, CacheRows, Mask, concat, expand, fused_linear, reshape};
+use crate::ops::{self, CacheRows, Mask, concat, concat_tensors, expand, fused_linear, reshape};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
@@ -56,7 +57,7 @@ impl Cat {
             groups.entry((chunk, n)).or_default().push(i);
         }
         distinct("prefill", prompts.iter().map(|p| p.text))?;
-        cache.projections.clear();
+        cache.sized.clear();
         let (mut parts, mut order) = (Vec::new(), vec![0; prompts.len()]);
         for ((chunk, n), group) in &groups {
             for piece in group.chunks((TOKENS_AT_ONCE / n).max(1)) {
@@ -99,8 +100,8 @@ impl Cat {
                 } else {
                     let numbers: Vec<usize> = (0..b).flat_map(|_| 0..k).collect();
                     let ids = ids.narrow(1, 0, full)?.reshape(&[b * k, chunk])?;
-                    let fx = self.compressed(&mut cache.projections, &ids, &numbers)?;
-                    Some(reshape(&fx, &[b, k, c.decoder.dim])?)
+                    let fx = self.compressed_ids(cache, &ids, &numbers)?;
+                    Some(reshape(&fx.into(), &[b, k, c.decoder.dim])?)
                 };
                 let mut parts = vec![self.slots_of(b, chunk, fx)?];
                 parts.extend(self.separator_rows(b)?);
@@ -166,7 +167,7 @@ impl Cat {
         no_grad(|| {
             let filled = Filled::new(&texts, next);
             let (x, keep, positions, cached) = match &self.chunks {
-                Some(_) => self.chunk_step(&mut cache.projections, &texts, next, &filled)?,
+                Some(_) => self.chunk_step(cache, &texts, next, &filled)?,
                 None => self.token_step(&texts, next, &filled)?,
             };
             let mut pass = Pass::new(cache.rope(self, &positions)?, Mask::Causal);
@@ -194,13 +195,7 @@ impl Cat {
     /// A step of a model with slots: the rows `[1, R, D]`, which of them predict the next tokens, their positions and
     /// places. A text whose block is not full gets its token's row. Where it is full, its last token need not run: the
     /// chunk's representation takes its place, and in the adaptive model the separator follows.
-    fn chunk_step(
-        &self,
-        projections: &mut BTreeMap<usize, Var>,
-        texts: &[Text],
-        next: &[(TextId, i64)],
-        filled: &Filled,
-    ) -> Result<Step> {
+    fn chunk_step(&self, cache: &mut Cache, texts: &[Text], next: &[(TextId, i64)], filled: &Filled) -> Result<Step> {
         let c = self.config();
         let open: Vec<i64> = filled.of_text.iter().zip(next).filter(|(f, _)| f.is_none()).map(|(_, n)| n.1).collect();
         let mut parts: Vec<Var> = Vec::new();
@@ -211,7 +206,8 @@ impl Cat {
             let ids = group.iter().flat_map(|&i| texts[i].pending.iter().copied().chain([next[i].1]));
             let ids = Tensor::ids(&ids.collect::<Vec<i64>>(), &[group.len(), chunk])?;
             let numbers: Vec<usize> = group.iter().map(|&i| texts[i].tokens / chunk).collect();
-            parts.push(reshape(&self.compressed(projections, &ids, &numbers)?, &[1, group.len(), c.decoder.dim])?);
+            let fx = self.compressed_ids(cache, &ids, &numbers)?;
+            parts.push(reshape(&fx.into(), &[1, group.len(), c.decoder.dim])?);
         }
         let separator = if filled.groups.is_empty() { None } else { self.separator_rows(1)? };
         let has_separator = separator.is_some();
@@ -242,24 +238,40 @@ impl Cat {
         Ok((x, keep, positions, CachedPass { rows: CacheRows::new(seen)?, prompt: false, layer: None }))
     }
 
-    /// Chunks of any texts, ids `[R, C]`, and their numbers in their texts -> `[R, 1, D]`, so many at once that their activations
-    /// stay small.
-    fn compressed(&self, projections: &mut BTreeMap<usize, Var>, ids: &Tensor, numbers: &[usize]) -> Result<Var> {
+    /// What the compressor needs for chunks of this size.
+    pub(super) fn sized(&self, cache: &mut Cache, chunk: usize) -> Result<Sized> {
         let Some(chunks) = &self.chunks else { return Err(Error::config("a dense model has no chunks")) };
-        let chunk = ids.dim(1);
-        let projection = match projections.entry(chunk) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(chunks.f.projection(chunk)?),
-        };
+        Ok(match cache.sized.entry(chunk) {
+            Entry::Occupied(known) => known.get().clone(),
+            Entry::Vacant(new) => new.insert(chunks.f.sized(chunk)?).clone(),
+        })
+    }
+    /// Chunks of any texts, ids `[R, C]`, and their numbers in their texts -> `[R, D]`.
+    fn compressed_ids(&self, cache: &mut Cache, ids: &Tensor, numbers: &[usize]) -> Result<Tensor> {
+        let sized = self.sized(cache, ids.dim(1))?;
+        self.compressed(&sized, ids.dim(1), numbers.len(), |f, some| {
+            f.embedded(&ids.narrow(0, some.start, some.len())?, &numbers[some])
+        })
+    }
+    /// R chunks -> `[R, D]`, so many at once that their activations stay small; `embedded` is what `Compressor::embedded` gives for
+    /// some of them.
+    pub(super) fn compressed(
+        &self,
+        sized: &Sized,
+        chunk: usize,
+        r: usize,
+        embedded: impl Fn(&Compressor, Range<usize>) -> Result<[Tensor; 2]>,
+    ) -> Result<Tensor> {
+        let Some(Chunks { f, .. }) = &self.chunks else { return Err(Error::config("a dense model has no chunks")) };
         let (row, piece) = (self.config().table_row(chunk), (COMPRESSED_AT_ONCE / chunk).max(1));
-        let some = |(i, numbers): (usize, &[usize])| {
-            let ids = ids.narrow(0, i * piece, numbers.len())?;
-            chunks.f.forward_chunks(&ids, numbers, chunk, row, projection)
+        let some = |at: usize| {
+            let [tokens, place] = embedded(f, at..(at + piece).min(r))?;
+            f.forward_chunks(tokens, place, row, sized)
         };
-        let parts = numbers.chunks(piece).enumerate().map(some).collect::<Result<Vec<_>>>()?;
+        let parts = (0..r).step_by(piece).map(some).collect::<Result<Vec<_>>>()?;
         match &parts[..] {
             [one] => Ok(one.clone()),
-            _ => concat(&parts.iter().collect::<Vec<_>>(), 0),
+            _ => concat_tensors(&parts.iter().collect::<Vec<_>>(), 0),
         }
     }
 
@@ -293,7 +305,7 @@ impl Cat {
     }
 
     /// The separator for each row of a batch, `[B, 1, D]`, in models that have one.
-    fn separator_rows(&self, batch: usize) -> Result<Option<Var>> {
+    pub(super) fn separator_rows(&self, batch: usize) -> Result<Option<Var>> {
         let d = self.config().decoder.dim;
         self.separator().map(|s| expand(&reshape(s, &[1, 1, d])?, &[batch, 1, d])).transpose()
     }

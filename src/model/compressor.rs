@@ -5,7 +5,7 @@ use super::config::{ModelConfig, ModelType};
 use super::layers::{Pass, Stack, linear_init};
 use super::param::{Builder, Param};
 use crate::autograd::Var;
-use crate::ops::{self, Mask, RopeTable, concat, expand, narrow, reshape};
+use crate::ops::{self, FusedLinear, Mask, RopeTable, concat, expand, fused_linear, narrow, reshape};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 
@@ -20,6 +20,13 @@ pub struct Compressor {
     proj_fx: Param,
     head_dim: usize,
     rope_base: f64,
+}
+
+/// What chunks of one size need beside weights, computed once.
+#[derive(Clone, Debug)]
+pub struct Sized {
+    projection: Var,
+    pub rope: RopeTable,
 }
 
 impl Compressor {
@@ -48,44 +55,57 @@ impl Compressor {
     pub fn forward(&self, ids: &Tensor, chunk: usize, row: usize, recompute: bool) -> Result<Var> {
         let (b, k) = (ids.dim(0), ids.dim(1) / chunk);
         let d = self.wte.shape()[1];
+        let tokens = reshape(&ops::embedding(ids, &self.wte)?, &[b, k, chunk, d])?;
         let place = expand(&reshape(&narrow(&self.pos_tokens, 0, 0, k)?, &[1, k, 1, d])?, &[b, k, 1, d])?;
-        ops::linear(&self.compress(ids, place, chunk, row, recompute)?, &self.projection(chunk)?, None)
+        let rope = self.rope(chunk)?;
+        ops::linear(&self.compress(tokens, place, row, rope, recompute)?, &self.projection(chunk)?, None)
     }
-    /// Chunks of any texts, ids `[R, C]`, the first chunk of a text being number 0 -> `[R, 1, D]`. `projection` is
-    /// [`Compressor::projection`] for C.
-    pub fn forward_chunks(
-        &self,
-        ids: &Tensor,
-        numbers: &[usize],
-        chunk: usize,
-        row: usize,
-        projection: &Var,
-    ) -> Result<Var> {
-        let (r, d) = (ids.dim(0), self.wte.shape()[1]);
-        let place = reshape(&ops::index_select(&self.pos_tokens, 0, numbers)?, &[r, 1, 1, d])?;
-        ops::linear(&self.compress(ids, place, chunk, row, false)?, projection, None)
+    /// Chunks of any texts, their embedded tokens `[R, C, Df]` and places `[R, Df]` -> `[R, D]`. Has no gradient.
+    pub fn forward_chunks(&self, tokens: Tensor, place: Tensor, row: usize, sized: &Sized) -> Result<Tensor> {
+        let &[r, chunk, d] = tokens.shape() else { return Err(Error::shape("chunks", format!("{:?}", tokens.shape()))) };
+        let (tokens, place) = (tokens.reshape(&[r, 1, chunk, d])?, place.reshape(&[r, 1, 1, d])?);
+        let rows = self.compress(tokens.into(), place.into(), row, sized.rope.clone(), false)?;
+        fused_linear(&rows.value().reshape(&[r, chunk * d])?, FusedLinear::new(sized.projection.value()))
+    }
+    /// Embedded tokens of chunks and their places, as [`Compressor::forward_chunks`] takes them, for ids `[R, C]` and their numbers
+    /// in their texts, the first being 0.
+    pub fn embedded(&self, ids: &Tensor, numbers: &[usize]) -> Result<[Tensor; 2]> {
+        Ok([ops::embedding(ids, &self.wte)?.into_value(), ops::index_select(&self.pos_tokens, 0, numbers)?.into_value()])
+    }
+    /// The tables that [`Compressor::embedded`] takes them from: `[V, Df]`, and `[K, Df]` or more.
+    #[cfg(feature = "cuda")]
+    pub fn tables(&self) -> [&Tensor; 2] {
+        [self.wte.value(), self.pos_tokens.value()]
+    }
+    /// What chunks of one size need beside weights.
+    pub fn sized(&self, chunk: usize) -> Result<Sized> {
+        Ok(Sized { projection: self.projection(chunk)?, rope: self.rope(chunk)? })
     }
     /// What maps a chunk's C output rows to its representation, `[D, C Df]`: the model's, or resized to C.
-    pub fn projection(&self, chunk: usize) -> Result<Var> {
+    fn projection(&self, chunk: usize) -> Result<Var> {
         ops::interpolate(&self.proj_fx, 1, chunk * self.wte.shape()[1])
     }
+    /// Rows before a chunk's tokens.
+    fn header(&self) -> usize {
+        1 + usize::from(self.adaptive_token.is_some())
+    }
+    /// Angles of a chunk's rows.
+    fn rope(&self, chunk: usize) -> Result<RopeTable> {
+        RopeTable::new(&(0..self.header() + chunk).collect::<Vec<_>>(), self.head_dim, self.rope_base)
+    }
 
-    /// ids `[B, K*C]` and the chunks' place tokens `[B, K, 1, Df]` -> the output rows of each chunk, `[B, K, C Df]`.
-    fn compress(&self, ids: &Tensor, place: Var, chunk: usize, row: usize, recompute: bool) -> Result<Var> {
-        let (b, k) = (ids.dim(0), ids.dim(1) / chunk);
-        let d = self.wte.shape()[1];
-        let tokens = reshape(&ops::embedding(ids, &self.wte)?, &[b, k, chunk, d])?;
+    /// Tokens `[B, K, C, Df]` and the chunks' place tokens `[B, K, 1, Df]` -> the output rows of each chunk, `[B, K, C Df]`.
+    fn compress(&self, tokens: Var, place: Var, row: usize, rope: RopeTable, recompute: bool) -> Result<Var> {
+        let &[b, k, chunk, d] = tokens.shape() else { return Err(Error::shape("chunks", format!("{:?}", tokens.shape()))) };
         let mut parts = Vec::with_capacity(3);
         if let Some(table) = &self.adaptive_token {
             parts.push(expand(&reshape(&narrow(table, 0, row, 1)?, &[1, 1, 1, d])?, &[b, k, 1, d])?);
         }
         parts.push(place);
         parts.push(tokens);
-        let header = parts.len() - 1;
-        let len = header + chunk;
+        let (header, len) = (self.header(), self.header() + chunk);
         let x = reshape(&concat(&parts.iter().collect::<Vec<_>>(), 2)?, &[b * k, len, d])?;
-        let positions: Vec<usize> = (0..len).collect();
-        let mut pass = Pass::new(RopeTable::new(&positions, self.head_dim, self.rope_base)?, Mask::Bidirectional);
+        let mut pass = Pass::new(rope, Mask::Bidirectional);
         pass.keep = Some((header..len).collect());
         pass.recompute = recompute;
         reshape(&self.stack.forward(&x, &pass)?, &[b, k, chunk * d])

@@ -71,6 +71,13 @@ impl CacheRows {
         let copies = Mutex::new(vec![list]);
         Self(Arc::new(Lists { seen, least, most, groups, copies, group_copies: Mutex::default() }))
     }
+    /// As [`CacheRows::on_device`], for rows in groups of two (`CacheRows::groups`), as `groups` says, i64 `[R / 2, 4]`.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn pairs_on_device(list: Tensor, groups: Tensor, most: usize, least: usize) -> Self {
+        let (seen, n) = (vec![0..0; list.dim(1)], OnceLock::from(Some(groups.dim(0))));
+        let (copies, group_copies) = (Mutex::new(vec![list]), Mutex::new(vec![groups]));
+        Self(Arc::new(Lists { seen, least, most, groups: n, copies, group_copies }))
+    }
     /// The number of rows, R.
     pub fn len(&self) -> usize {
         self.0.seen.len()

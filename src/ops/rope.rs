@@ -130,11 +130,14 @@ impl RopeTable {
             return Ok(copy.clone());
         }
         let rows: Vec<i64> = self.0.rows.iter().map(|&r| r as i64).collect();
-        let table = match &self.0.whole {
-            Some(whole) => whole.on(device)?[1].clone(),
-            None => self.0.f32.to_device(device)?,
-        };
-        let copy = [Tensor::ids(&rows, &[rows.len()])?.to_device(device)?, table];
+        // they stay longer than the work that asks first
+        let copy = crate::cuda::outside(|| -> Result<_> {
+            let table = match &self.0.whole {
+                Some(whole) => whole.on(device)?[1].clone(),
+                None => self.0.f32.to_device(device)?,
+            };
+            Ok([Tensor::ids(&rows, &[rows.len()])?.to_device(device)?, table])
+        })?;
         copies.push(copy.clone());
         Ok(copy)
     }

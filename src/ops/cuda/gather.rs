@@ -16,7 +16,30 @@ pub(crate) fn gather(x: &Tensor, dim: usize, index: &[usize]) -> Result<Tensor> 
         shape[dim] = 0;
         return Tensor::empty(&shape, x.dtype(), x.device());
     }
-    gather_at(x, dim, &upload(index.iter().map(|&i| i as i64).collect(), x)?)
+    match regular(index, x.dim(dim)) {
+        Some((first, step)) => every(x, dim, first, step, index.len()),
+        None => gather_at(x, dim, &upload(index.iter().map(|&i| i as i64).collect(), x)?),
+    }
+}
+
+/// The first index and the step between them, if `index` is a run, or takes one of each `step` elements of all n.
+fn regular(index: &[usize], n: usize) -> Option<(usize, usize)> {
+    let (&first, second) = (index.first()?, index.get(1).or(index.first())?);
+    let step = second.checked_sub(first)?.max(1);
+    let whole = step == 1 || step * index.len() == n && first < step;
+    (whole && index.windows(2).all(|w| w[1].checked_sub(w[0]) == Some(step))).then_some((first, step))
+}
+
+/// As [`gather`] by `first + i step`, i < m: no list travels to the device.
+fn every(x: &Tensor, dim: usize, first: usize, step: usize, m: usize) -> Result<Tensor> {
+    if step == 1 {
+        return x.narrow(dim, first, m)?.copy();
+    }
+    let mut apart = x.shape().to_vec();
+    apart.splice(dim..=dim, [m, step]);
+    let mut shape = x.shape().to_vec();
+    shape[dim] = m;
+    x.reshape(&apart)?.narrow(dim + 1, first, 1)?.copy()?.reshape(&shape)
 }
 
 /// As [`gather`], by a list on the device, i64 `[m]`, whose indices the caller knows to lie inside the dimension.
@@ -136,6 +159,15 @@ pub(crate) fn scatter_add(
 mod tests {
     use super::*;
 
+    #[test]
+    fn regular_lists_are_known() {
+        assert_eq!(regular(&[3], 5), Some((3, 1)));
+        assert_eq!(regular(&[2, 3, 4], 5), Some((2, 1)));
+        assert_eq!(regular(&[1, 3, 5], 6), Some((1, 2)));
+        for (index, n) in [(&[1, 3, 5][..], 8), (&[2, 4], 4), (&[3, 2], 5), (&[0, 0], 3), (&[0, 1, 3], 4), (&[], 4)] {
+            assert_eq!(regular(index, n), None, "{index:?} {n}");
+        }
+    }
     #[test]
     fn groups_hold_every_position_once_in_order() {
         let index: Vec<usize> = (0..500).map(|j| if j % 3 == 0 { 4 } else { j * 7 % 11 }).collect();
