@@ -80,7 +80,6 @@ pub mod model;
 pub mod ops;
 mod profile;
 pub mod random;
-mod runs;
 pub mod tensor;
 pub mod train;
 

@@ -2,7 +2,7 @@
 //! holds what.
 
 use super::gpu::{Gpu, check};
-use super::replay::Pieces;
+use super::replay::Home;
 use super::spans::Work;
 use crate::memory::{Category, category};
 use crate::{Error, Result};
@@ -129,25 +129,6 @@ pub(super) fn gib(bytes: usize) -> String {
     }
 }
 
-/// Device memory as the pool hands it out, and what it is counted as.
-pub(super) struct Piece {
-    pub pointer: u64,
-    pub counted: usize,
-    pub category: Category,
-}
-
-impl Piece {
-    /// Give it back to the pool, after the work that was submitted before.
-    pub fn free(self, gpu: &'static Gpu) {
-        gpu.memory.give(self.counted, self.category);
-        if gpu.bind().is_ok() {
-            // SAFETY: this pointer came from malloc_async and is freed once, on the stream of all its uses. An error here
-            // belongs to earlier work and is reported where that is waited for.
-            let _ = unsafe { result::free_async(self.pointer, gpu.stream.cu_stream()) };
-        }
-    }
-}
-
 /// A run of device memory. Freed on the stream, after the work that was submitted before.
 pub(crate) struct CudaBuffer {
     gpu: &'static Gpu,
@@ -156,20 +137,18 @@ pub(crate) struct CudaBuffer {
     /// As counted: what was asked for, rounded up to the pool's granularity.
     counted: usize,
     category: Category,
-    /// The workspace that it goes back to.
-    home: Option<Arc<Pieces>>,
+    home: Home,
 }
 
 impl CudaBuffer {
     /// Memory whose contents are unspecified. Counts as the thread's current category.
     pub fn new(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
         let counted = bytes.max(1).next_multiple_of(512);
-        let home = Pieces::current(gpu);
         let category = category();
-        if let Some(pointer) = home.as_ref().and_then(|h| h.take(counted)) {
+        let (home, lent) = super::replay::request(counted)?;
+        if let Some(pointer) = lent {
             return Ok(Self { gpu, pointer, bytes, counted, category, home });
         }
-        super::replay::refuse_here(gpu.ordinal, "take new memory")?;
         gpu.bind()?;
         let stream = gpu.stream.cu_stream();
         // SAFETY: the stream is alive, and all use of the memory is on it.
@@ -191,9 +170,6 @@ impl CudaBuffer {
             other => check(gpu.ordinal, "take device memory", other)?,
         };
         gpu.memory.take(counted, category);
-        if let Some(home) = &home {
-            home.add(Piece { pointer, counted, category });
-        }
         Ok(Self { gpu, pointer, bytes, counted, category, home })
     }
     pub fn zeroed(gpu: &'static Gpu, bytes: usize) -> Result<Self> {
@@ -252,8 +228,15 @@ impl std::fmt::Debug for CudaBuffer {
 impl Drop for CudaBuffer {
     fn drop(&mut self) {
         match &self.home {
-            Some(home) => home.give(self.pointer, self.counted),
-            None => Piece { pointer: self.pointer, counted: self.counted, category: self.category }.free(self.gpu),
+            Home::Pool => {}
+            Home::Noted(notes, number) => notes.give(*number),
+            Home::Lent(lender) => return lender.give(),
+        }
+        self.gpu.memory.give(self.counted, self.category);
+        if self.gpu.bind().is_ok() {
+            // SAFETY: this pointer came from malloc_async and is freed once, on the stream of all its uses. An error here
+            // belongs to earlier work and is reported where that is waited for.
+            let _ = unsafe { result::free_async(self.pointer, self.gpu.stream.cu_stream()) };
         }
     }
 }

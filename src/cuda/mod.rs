@@ -16,6 +16,7 @@ mod module;
 mod replay;
 mod spans;
 mod tensor_map;
+mod workspace;
 
 pub use blas::{Gemm, gemm, set_gemm, set_tf32};
 pub(crate) use blas::{Kind, Matrix, Product};
@@ -26,6 +27,7 @@ pub(crate) use memory::CudaBuffer;
 pub use memory::CudaMemory;
 pub use module::{CompileReport, cache_folder, compile_for};
 pub(crate) use module::{Symbol, Variant};
-pub(crate) use replay::{Replay, Workspace, outside};
+pub(crate) use replay::{Replay, Workspace, noted, outside};
 pub(crate) use spans::{Span, Work, start as start_spans, stop as stop_spans};
 pub(crate) use tensor_map::boxes;
+pub(crate) use workspace::Needs;

@@ -1,31 +1,48 @@
 //! Work that is captured once and submitted again as a whole, as a CUDA graph: one call instead of one for each kernel.
 //!
 //! A graph repeats every kernel with the very arguments that it was captured with, so what it works on must stay where it is.
-//! Memory that its work takes and gives back on the way comes from a [`Workspace`], which keeps it: the work is run in it once or
-//! more as usual, until it finds all that it asks for, and then captured. Several works may share one, if they run in turn: what
-//! one leaves the next may take, so nothing that stays after a work may lie there ([`outside`]).
+//! Memory that its work takes and gives back on the way comes from a [`Workspace`]: the work is run once as usual, when that is
+//! noted ([`noted`]), and then captured, when it asks for the same in the same order. Several works may share one, if they run in
+//! turn: what one leaves the next overwrites, so nothing that stays after a work may lie there ([`outside`]).
 //!
 //! Capturing happens on a stream of its own, by one thread, so others may go on submitting work to the device meanwhile.
 
 use super::gpu::{Gpu, check};
-use super::memory::Piece;
+use super::memory::CudaBuffer;
 use super::spans;
-use crate::runs::Runs;
+use super::workspace::{self, Lender, Needs, Notes};
 use crate::{Error, Result};
 use cudarc::driver::{CudaStream, result, sys};
 use std::cell::RefCell;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 thread_local! {
     static CURRENT: RefCell<Option<Current>> = const { RefCell::new(None) };
 }
 
-/// What this thread works in.
+/// What becomes of this thread's requests for memory.
 #[derive(Clone)]
-struct Current {
-    pieces: Arc<Pieces>,
-    /// The stream that it captures, if it does.
-    capture: Option<Arc<CudaStream>>,
+enum Current {
+    /// They are served by the pool as usual, and noted.
+    Noting(Arc<Notes>),
+    /// They are served by a workspace, and kernels are captured.
+    Capturing(Arc<CudaStream>, Arc<Lender>),
+}
+
+/// Memory that this thread asks for, and who is told when it is given back.
+pub(super) enum Home {
+    Pool,
+    Noted(Arc<Notes>, usize),
+    Lent(Arc<Lender>),
+}
+
+/// A request of this thread: where it is served, and the address if that is not the pool.
+pub(super) fn request(bytes: usize) -> Result<(Home, Option<u64>)> {
+    CURRENT.with_borrow(|c| match c {
+        None => Ok((Home::Pool, None)),
+        Some(Current::Noting(notes)) => Ok((Home::Noted(notes.clone(), notes.take(bytes)), None)),
+        Some(Current::Capturing(_, lender)) => lender.take(bytes).map(|at| (Home::Lent(lender.clone()), Some(at))),
+    })
 }
 
 /// Run `f` with this thread in no workspace, for what outlives them all.
@@ -49,7 +66,10 @@ fn with_current<R>(current: Option<Current>, f: impl FnOnce() -> R) -> R {
 
 /// The stream that this thread captures.
 pub(super) fn queue() -> Option<sys::CUstream> {
-    CURRENT.with_borrow(|c| c.as_ref().and_then(|c| c.capture.as_ref()).map(|s| s.cu_stream()))
+    CURRENT.with_borrow(|c| match c {
+        Some(Current::Capturing(stream, _)) => Some(stream.cu_stream()),
+        _ => None,
+    })
 }
 /// True while this thread captures.
 pub(super) fn capturing() -> bool {
@@ -64,89 +84,46 @@ pub(super) fn refuse_here(ordinal: usize, what: &str) -> Result<()> {
     Err(Error::Device { device: format!("cuda:{ordinal}"), detail })
 }
 
-/// The memory of a workspace: what it took of the device, and which bytes of each piece nobody holds.
-pub(crate) struct Pieces {
-    gpu: &'static Gpu,
-    all: Mutex<Vec<(Piece, Runs)>>,
+/// Run `work` as usual: what memory it takes and gives back. Errors if it keeps some.
+pub(crate) fn noted(work: impl FnOnce() -> Result<()>) -> Result<Needs> {
+    let notes = Arc::new(Notes::default());
+    within(Current::Noting(notes.clone()), work)?;
+    notes
+        .needs()
+        .map_err(|held| Error::config(format!("a step that is to be captured has kept {held} bytes: take them outside")))
 }
 
-impl Pieces {
-    /// Of the workspace that this thread works in.
-    pub(super) fn current(gpu: &Gpu) -> Option<Arc<Self>> {
-        CURRENT.with_borrow(|c| c.as_ref().map(|c| c.pieces.clone()).filter(|p| p.gpu.ordinal == gpu.ordinal))
-    }
-    fn all(&self) -> MutexGuard<'_, Vec<(Piece, Runs)>> {
-        self.all.lock().unwrap_or_else(|e| e.into_inner())
-    }
-    /// Bytes that somebody holds.
-    fn held(&self) -> usize {
-        self.all().iter().map(|(piece, free)| piece.counted - free.len()).sum()
-    }
-    /// So many bytes, of the shortest run that has them.
-    pub(super) fn take(&self, bytes: usize) -> Option<u64> {
-        let mut all = self.all();
-        let rooms = all.iter_mut().filter_map(|(piece, free)| Some((free.room(bytes)?, piece.pointer, free)));
-        let (_, pointer, free) = rooms.min_by_key(|(room, ..)| *room)?;
-        free.take(bytes).map(|run| pointer + run.start as u64)
-    }
-    /// One piece more, all of which somebody holds.
-    pub(super) fn add(&self, piece: Piece) {
-        self.all().push((piece, Runs::new(0)));
-    }
-    pub(super) fn give(&self, pointer: u64, bytes: usize) {
-        let mut all = self.all();
-        let of = all.iter_mut().find(|(p, _)| (p.pointer..p.pointer + p.counted as u64).contains(&pointer));
-        if let Some((piece, free)) = of {
-            let start = (pointer - piece.pointer) as usize;
-            free.give(start..start + bytes);
-        }
-    }
-}
-
-impl Drop for Pieces {
-    fn drop(&mut self) {
-        std::mem::take(&mut *self.all()).into_iter().for_each(|(piece, _)| piece.free(self.gpu));
-    }
-}
-
-/// Memory for works that run in turn and need the same each time. Given back when nobody holds any of it.
-pub(crate) struct Workspace(Arc<Pieces>);
+/// Memory for works that run in turn.
+#[derive(Clone)]
+pub(crate) struct Workspace(Arc<CudaBuffer>);
 
 impl Workspace {
-    pub fn new(gpu: &'static Gpu) -> Self {
-        Self(Arc::new(Pieces { gpu, all: Mutex::default() }))
+    /// Enough for any of these.
+    pub fn new(gpu: &'static Gpu, works: &[&Needs]) -> Result<Self> {
+        Ok(Self(Arc::new(workspace::block(gpu, works)?)))
     }
-    /// Run the work, in this memory. Errors if some of it stays in use: the next work would overwrite it.
-    pub fn run(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        within(Current { pieces: self.0.clone(), capture: None }, work)?;
-        match self.0.held() {
-            0 => Ok(()),
-            n => {
-                let detail = format!("{n} bytes of a workspace are in use after the work: take them outside");
-                Err(Error::Device { device: format!("cuda:{}", self.0.gpu.ordinal), detail })
-            }
-        }
-    }
-    /// Capture the work, which has run in this workspace before. Nothing is executed. Errors on anything that cannot be
-    /// repeated: copies from and to main memory, requests for more memory.
+    /// Capture work that has run, and whose needs are known. Nothing is executed. Errors on anything that cannot be repeated:
+    /// copies from and to main memory, other requests for memory than before.
     ///
     /// # Safety
     ///
     /// All memory that the work reads or writes, other than what it takes and gives back itself, lives as long as the result.
-    pub unsafe fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Replay> {
-        let gpu = self.0.gpu;
+    pub unsafe fn capture(&self, needs: &Needs, work: impl FnOnce() -> Result<()>) -> Result<Replay> {
+        let gpu = self.0.gpu();
         if spans::noting() {
             return Err(Error::Usage("work that a profile is taken of is not captured".into()));
         }
         gpu.bind()?;
+        let lender = Arc::new(Lender::new(&self.0, needs)?);
         let stream = check(gpu.ordinal, "make a stream", gpu.context.new_stream())?;
         // other threads, and this one elsewhere, may do as they like
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         check(gpu.ordinal, "capture work", stream.begin_capture(mode))?;
-        let done = within(Current { pieces: self.0.clone(), capture: Some(stream.clone()) }, work);
+        let done = within(Current::Capturing(stream.clone(), lender.clone()), work);
         // SAFETY: the stream captures since the call above; ending that is due whatever came of the work.
         let graph = unsafe { result::stream::end_capture(stream.cu_stream()) };
         done?;
+        lender.done()?;
         let graph = check(gpu.ordinal, "capture work", graph)?;
         if graph.is_null() {
             return Err(Error::Device { device: format!("cuda:{}", gpu.ordinal), detail: "nothing was captured".into() });
@@ -157,14 +134,14 @@ impl Workspace {
             let _ = result::graph::destroy(graph);
             check(gpu.ordinal, "prepare captured work", whole)?
         };
-        Ok(Replay { whole, pieces: self.0.clone() })
+        Ok(Replay { whole, workspace: self.clone() })
     }
 }
 
 /// Captured work.
 pub(crate) struct Replay {
     whole: sys::CUgraphExec,
-    pieces: Arc<Pieces>,
+    workspace: Workspace,
 }
 
 // SAFETY: a graph may be used by any thread, one at a time: submitting it takes `&mut self`.
@@ -175,7 +152,7 @@ unsafe impl Sync for Replay {}
 impl Replay {
     /// Submit all of it.
     pub fn submit(&mut self) -> Result<()> {
-        let gpu = self.pieces.gpu;
+        let gpu = self.workspace.0.gpu();
         gpu.bind()?;
         // its products use the same workspace as those of other threads
         let _alone = gpu.blas_alone()?;
@@ -187,7 +164,7 @@ impl Replay {
 
 impl Drop for Replay {
     fn drop(&mut self) {
-        if self.pieces.gpu.bind().is_ok() {
+        if self.workspace.0.gpu().bind().is_ok() {
             // SAFETY: destroyed once, here. The driver waits with that until a run under way is done, and the memory is given
             // back on the stream, after it.
             let _ = unsafe { result::graph::exec_destroy(self.whole) };
@@ -197,11 +174,11 @@ impl Drop for Replay {
 
 impl std::fmt::Debug for Workspace {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Workspace({:?})", self.0.gpu)
+        write!(f, "Workspace({:?})", self.0)
     }
 }
 impl std::fmt::Debug for Replay {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Replay({:?})", self.pieces.gpu)
+        write!(f, "Replay({:?})", self.workspace)
     }
 }

@@ -9,7 +9,7 @@ use super::kv_cache::{CachedPass, LayerPass};
 use super::layers::Pass;
 use super::plan::ChunkPlan;
 use crate::autograd::no_grad;
-use crate::cuda::{Replay, Workspace};
+use crate::cuda::{Needs, Replay, Workspace, noted};
 pub(crate) use crate::ops::cuda::advance::MOST_STEPS;
 use crate::ops::cuda::advance::{Chunking, StepRow, Steps};
 use crate::ops::{Mask, RopeTable, Sampling, concat_tensors};
@@ -42,7 +42,10 @@ pub(crate) struct Ahead {
     limit: usize,
     table: RopeTable,
     room: Room,
-    workspace: Workspace,
+    /// Of all kinds of steps, once all ran.
+    workspace: Option<Workspace>,
+    /// What cannot be captured is submitted kernel by kernel.
+    plain: bool,
     open: Work,
     /// What fills chunks, where all rows do so in the same steps.
     fill: Option<(Fill, Work)>,
@@ -59,16 +62,10 @@ struct Fill {
 /// A kind of step.
 #[derive(Debug, Default)]
 struct Work {
+    /// What memory it takes, once it ran.
+    needs: Option<Needs>,
     graph: Option<Replay>,
-    /// How often it ran kernel by kernel.
-    ran: usize,
-    /// How often it could not be captured.
-    refused: usize,
 }
-
-/// Both kinds of steps use the same memory in turn, of which the first times take what there is not yet: what cannot be
-/// captured then may be later.
-const TRIES: usize = 4;
 
 /// Of the three kinds of cache rows (`Steps::cache_rows`), the most that a row may ever see, on which launches depend, and
 /// the least that caches hold.
@@ -172,7 +169,8 @@ impl Cat {
                         steps: Steps::new(rows.len(), chunking, self.device())?,
                         greedy,
                         limit,
-                        workspace: Workspace::new(self.output.value().gpu()?),
+                        workspace: None,
+                        plain: false,
                         open: Work::default(),
                         fill: sized.zip(chunking).map(fill).transpose()?,
                         table,
@@ -193,9 +191,13 @@ impl Cat {
         })
     }
 
-    /// Submit a step; once it ran, it is captured if that is `wanted`.
+    /// Submit a step; once all kinds of steps ran, it is captured if that is `wanted`.
     fn submit(&self, cache: &mut Cache, ahead: &mut Ahead, fills: bool, wanted: bool) -> Result<()> {
-        let Ahead { steps, greedy, limit, table, room, workspace, open, fill } = ahead;
+        let needs: Option<Vec<&Needs>> = ahead.works().map(|w| w.needs.as_ref()).collect();
+        if let Some(needs) = needs.filter(|_| wanted && ahead.workspace.is_none()) {
+            ahead.workspace = Some(Workspace::new(self.output.value().gpu()?, &needs)?);
+        }
+        let Ahead { steps, greedy, limit, table, room, workspace, plain, open, fill } = ahead;
         let (room, how) = (*room, (*limit, *greedy));
         let (fill, work) = match fill {
             Some((fill, work)) if fills => (Some(&*fill), work),
@@ -205,27 +207,26 @@ impl Cat {
             Some(fill) => self.filling_step(cache, room, steps, fill, how),
             None => self.open_step(cache, room, steps, table, how),
         };
-        if wanted && work.graph.is_none() && work.ran > 0 && work.refused < TRIES {
+        if let (Work { needs: Some(needs), graph: graph @ None }, Some(workspace)) = (&mut *work, workspace)
+            && wanted
+            && !*plain
+        {
             // SAFETY: a step works on weights, cache, rope tables and `steps`, whose storage stays where it is: `ahead` holds the
             // tables, what is computed of weights for a chunk size, and the steps; and who submits the graph does so for this model
             // and this cache.
-            match unsafe { workspace.capture(&mut step) } {
-                Ok(graph) => work.graph = Some(graph),
+            match unsafe { workspace.capture(needs, &mut step) } {
+                Ok(captured) => *graph = Some(captured),
                 Err(e) => {
-                    work.refused += 1;
-                    if work.refused == TRIES {
-                        tracing::warn!(
-                            "a step of decoding cannot be captured, so its kernels are submitted one by one: {e}"
-                        );
-                    }
+                    tracing::warn!("a step of decoding cannot be captured, so its kernels are submitted one by one: {e}");
+                    *plain = true;
                 }
             }
         }
         match &mut work.graph {
             Some(graph) => graph.submit(),
             None => {
-                work.ran += 1;
-                workspace.run(step)
+                work.needs = Some(noted(step)?);
+                Ok(())
             }
         }
     }
@@ -306,6 +307,9 @@ impl Cat {
 }
 
 impl Ahead {
+    fn works(&self) -> impl Iterator<Item = &Work> {
+        std::iter::once(&self.open).chain(self.fill.iter().map(|(_, work)| work))
+    }
     /// The new tokens of a run, `[n, R]`, n counting one more step with [`First::Logits`]; waits for them.
     pub fn tokens(&self, n: usize) -> Result<Vec<i64>> {
         self.steps.tokens(n)

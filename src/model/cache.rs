@@ -11,11 +11,10 @@ use super::kv_cache::{CacheFormat, LayerCache};
 use super::plan::ChunkPlan;
 use crate::memory::{Category, counted_as};
 use crate::ops::RopeTable;
-use crate::runs::Runs;
 use crate::tensor::Tensor;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
-use std::iter::Sum;
+use std::iter::{self, Sum};
 use std::ops::{Add, Range};
 
 /// Rows of a cache, in each layer of a kind: what one text needs, or many together.
@@ -213,6 +212,44 @@ impl Cache {
     }
 }
 
+/// Rows `0..n` as runs that are taken and given back.
+#[derive(Clone, Debug)]
+struct Runs {
+    /// What is free, in order; neighbours are joined.
+    free: Vec<Range<usize>>,
+}
+
+impl Runs {
+    fn new(n: usize) -> Self {
+        Self { free: iter::once(0..n).collect() }
+    }
+    /// The first `n` rows in a run; none where no run is so long.
+    fn take(&mut self, n: usize) -> Option<Range<usize>> {
+        if n == 0 {
+            return Some(0..0);
+        }
+        let run = self.free.iter_mut().find(|r| r.len() >= n)?;
+        let taken = run.start..run.start + n;
+        run.start += n;
+        self.free.retain(|r| !r.is_empty());
+        Some(taken)
+    }
+    fn give(&mut self, run: Range<usize>) {
+        if run.is_empty() {
+            return;
+        }
+        let at = self.free.partition_point(|r| r.start < run.start);
+        self.free.insert(at, run);
+        self.free.dedup_by(|next, before| {
+            let joined = before.end == next.start;
+            if joined {
+                before.end = next.end;
+            }
+            joined
+        });
+    }
+}
+
 /// Ids as the model takes them, or the first that it does not.
 pub(super) fn check_ids(ids: impl IntoIterator<Item = i64>, rows: usize) -> Result<()> {
     for (at, id) in ids.into_iter().enumerate() {
@@ -233,4 +270,37 @@ pub(super) fn in_order(parts: &[Tensor], order: &[usize]) -> Result<Tensor> {
         return Ok(joined);
     }
     Ok(crate::ops::index_select(&joined.into(), 0, order)?.into_value())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Runs never overlap, and what was given back can be taken again as one.
+        #[test]
+        fn runs_are_taken_once(sizes in prop::collection::vec(0usize..9, 1..40), keep in any::<u64>()) {
+            let (mut runs, mut held, mut owner) = (Runs::new(60), Vec::new(), [false; 60]);
+            for (i, &n) in sizes.iter().enumerate() {
+                let free: usize = runs.free.iter().map(|r| r.len()).sum();
+                prop_assert_eq!(free, owner.iter().filter(|o| !**o).count());
+                match runs.take(n) {
+                    Some(run) => {
+                        prop_assert_eq!(run.len(), n);
+                        run.clone().for_each(|r| assert!(!std::mem::replace(&mut owner[r], true)));
+                        held.push(run);
+                    }
+                    None => prop_assert!(runs.free.iter().all(|r| r.len() < n)),
+                }
+                if keep >> (i % 64) & 1 == 1 && !held.is_empty() {
+                    let run = held.swap_remove(i % held.len());
+                    run.clone().for_each(|r| owner[r] = false);
+                    runs.give(run);
+                }
+            }
+            held.into_iter().for_each(|r| runs.give(r));
+            prop_assert_eq!(runs.free, iter::once(0..60).collect::<Vec<_>>());
+        }
+    }
 }

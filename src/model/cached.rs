@@ -21,7 +21,7 @@ use std::ops::Range;
 const TOKENS_AT_ONCE: usize = 1 << 15;
 
 /// Tokens whose chunks are compressed at once, for the same reason.
-const COMPRESSED_AT_ONCE: usize = 1 << 11;
+const COMPRESSED_AT_ONCE: usize = 1 << 10;
 
 /// A text to be read from its beginning.
 #[derive(Clone, Copy, Debug)]

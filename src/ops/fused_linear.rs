@@ -159,3 +159,48 @@ fn by_ops(x: &Tensor, map: FusedLinear) -> Result<Tensor> {
         gemm(n.value(), &weight.value().transpose(0, 1)?, start, weight.dtype())
     })
 }
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+    use crate::ops::cast_tensor;
+    use crate::random::fill_normal;
+    use crate::tensor::{DType, Device};
+
+    /// Results cannot show whether a kernel of its own is taken at all: this does, and that weights read early are the same.
+    #[test]
+    fn kernels_of_their_own_are_taken() {
+        let cuda = Device::Cuda(0);
+        if let Err(e) = cuda.check() {
+            return eprintln!("skipped: {e}");
+        }
+        let mut key = 0;
+        let mut normal = |shape: &[usize], dtype: DType| {
+            let mut all = vec![0.0; shape.iter().product()];
+            key += 1;
+            fill_normal(&mut all, key, 1.0 / 16.0);
+            cast_tensor(&Tensor::from_vec(all, shape).unwrap(), dtype).unwrap().to_device(cuda).unwrap()
+        };
+        let hopper = cuda_gpu().capability == (9, 0) && cuda_gpu().multiprocessors == 132;
+        let (i, o) = (2048, 5632);
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            let (norm, w, u) = (normal(&[i], dtype), normal(&[o, i], dtype), normal(&[o, i], dtype));
+            for rows in [1, 2, 8, 9, 256, 257, 320, 321] {
+                let x = normal(&[rows, i], dtype);
+                let gated = |settled| FusedLinear { settled, ..FusedLinear::new(&w).after_norm(&norm, 1e-5).gate_of(&u) };
+                let many = (257..=320).contains(&rows) && hopper && dtype != DType::F32;
+                let early = in_one(&x, &gated(true)).unwrap();
+                assert_eq!(early.is_some(), rows <= 8 || many, "{rows} gated rows of {dtype}");
+                let late = in_one(&x, &gated(false)).unwrap();
+                let bits = |y: Option<Tensor>| y.map(|y| y.to_f32_vec().unwrap());
+                assert_eq!(bits(early), bits(late), "{rows} gated rows of {dtype}");
+                let plain = FusedLinear::new(&w).onto(normal(&[rows, o], dtype)).settled();
+                assert_eq!(in_one(&x, &plain).unwrap().is_some(), rows <= 8, "{rows} rows of {dtype}");
+            }
+        }
+    }
+
+    fn cuda_gpu() -> &'static crate::cuda::Gpu {
+        crate::cuda::gpu(0).unwrap()
+    }
+}

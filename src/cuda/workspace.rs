@@ -1,0 +1,176 @@
+//! Memory for works that run in turn and need the same each time: what one asks for is noted while it runs as usual, and then
+//! laid out once, so that all of it takes little more than the work ever holds at a time.
+
+use super::gpu::Gpu;
+use super::memory::CudaBuffer;
+use super::replay::outside;
+use crate::{Error, Result};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// Memory that a work asked for: bytes, and when it took and gave them back, in numbers of such events.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Request {
+    bytes: usize,
+    from: usize,
+    to: usize,
+}
+
+/// What a work asks for, in order.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Needs(Vec<Request>);
+
+impl Needs {
+    /// Where each request may lie, apart from all that are held at the same time, and how many bytes that takes: the largest
+    /// first, each as low as it can.
+    fn layout(&self) -> (Vec<usize>, usize) {
+        let mut by_size: Vec<usize> = (0..self.0.len()).collect();
+        by_size.sort_by_key(|&i| std::cmp::Reverse(self.0[i].bytes));
+        let (mut offsets, mut placed, mut all) = (vec![0; self.0.len()], Vec::<usize>::new(), 0);
+        for i in by_size {
+            let Request { bytes, from, to } = self.0[i];
+            let mut offset = 0;
+            // in the order of their places, so the first gap that is large enough
+            for &j in placed.iter().filter(|&&j| self.0[j].from < to && from < self.0[j].to) {
+                if offset + bytes <= offsets[j] {
+                    break;
+                }
+                offset = offset.max(offsets[j] + self.0[j].bytes);
+            }
+            offsets[i] = offset;
+            all = all.max(offset + bytes);
+            placed.insert(placed.partition_point(|&j| offsets[j] <= offset), i);
+        }
+        (offsets, all)
+    }
+}
+
+/// Requests as they come while a work runs.
+#[derive(Debug, Default)]
+pub(super) struct Notes(Mutex<(Vec<Request>, usize)>);
+
+impl Notes {
+    /// The number of the request.
+    pub fn take(&self, bytes: usize) -> usize {
+        let (requests, now) = &mut *self.0.lock().unwrap_or_else(|e| e.into_inner());
+        *now += 1;
+        requests.push(Request { bytes, from: *now, to: usize::MAX });
+        requests.len() - 1
+    }
+    pub fn give(&self, number: usize) {
+        let (requests, now) = &mut *self.0.lock().unwrap_or_else(|e| e.into_inner());
+        *now += 1;
+        requests[number].to = *now;
+    }
+    /// All of them, or the bytes of those that are still held.
+    pub fn needs(&self) -> std::result::Result<Needs, usize> {
+        let (requests, _) = &*self.0.lock().unwrap_or_else(|e| e.into_inner());
+        match requests.iter().filter(|r| r.to == usize::MAX).map(|r| r.bytes).sum() {
+            0 => Ok(Needs(requests.clone())),
+            held => Err(held),
+        }
+    }
+}
+
+/// A workspace's memory, lent to one work request by request.
+#[derive(Debug)]
+pub(super) struct Lender {
+    gpu: &'static Gpu,
+    base: u64,
+    requests: Vec<Request>,
+    offsets: Vec<usize>,
+    next: AtomicUsize,
+    held: AtomicUsize,
+}
+
+impl Lender {
+    pub fn new(block: &CudaBuffer, needs: &Needs) -> Result<Self> {
+        let (offsets, bytes) = needs.layout();
+        let lender = Self {
+            gpu: block.gpu(),
+            base: block.pointer(),
+            requests: needs.0.clone(),
+            offsets,
+            next: AtomicUsize::new(0),
+            held: AtomicUsize::new(0),
+        };
+        match bytes <= block.bytes() {
+            true => Ok(lender),
+            false => Err(lender.refused(format!("a work needs {bytes} bytes of a workspace of {}", block.bytes()))),
+        }
+    }
+    /// Errors where this is not what the work has asked for before.
+    pub fn take(&self, bytes: usize) -> Result<u64> {
+        let number = self.next.fetch_add(1, Relaxed);
+        match self.requests.get(number) {
+            Some(r) if r.bytes == bytes => {
+                self.held.fetch_add(1, Relaxed);
+                Ok(self.base + self.offsets[number] as u64)
+            }
+            other => {
+                let expected = other.map_or("none".into(), |r| format!("one of {} bytes", r.bytes));
+                Err(self.refused(format!(
+                    "request {number} of a captured work is of {bytes} bytes, where {expected} was before"
+                )))
+            }
+        }
+    }
+    pub fn give(&self) {
+        self.held.fetch_sub(1, Relaxed);
+    }
+    /// Errors where the work has kept something.
+    pub fn done(&self) -> Result<()> {
+        match self.held.load(Relaxed) {
+            0 => Ok(()),
+            n => Err(self.refused(format!("a captured work has kept {n} pieces of its workspace: take them outside"))),
+        }
+    }
+    fn refused(&self, detail: String) -> Error {
+        Error::Device { device: format!("cuda:{}", self.gpu.ordinal), detail }
+    }
+}
+
+/// Memory for works of these needs, one at a time.
+pub(super) fn block(gpu: &'static Gpu, works: &[&Needs]) -> Result<CudaBuffer> {
+    let bytes = works.iter().map(|w| w.layout().1).max().unwrap_or(0);
+    outside(|| CudaBuffer::new(gpu, bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// What is held at the same time lies apart, and all of it takes no less than is held at a time, and not much more.
+        #[test]
+        fn requests_lie_apart(events in prop::collection::vec((0usize..40, any::<u16>()), 0..80)) {
+            let (notes, mut held, mut now, mut most) = (Notes::default(), vec![], 0, 0);
+            for (units, choice) in events {
+                if units == 0 && !held.is_empty() {
+                    let (number, bytes) = held.swap_remove(choice as usize % held.len());
+                    notes.give(number);
+                    now -= bytes;
+                } else {
+                    let bytes = 512 * (units + 1);
+                    held.push((notes.take(bytes), bytes));
+                    now += bytes;
+                    most = most.max(now);
+                }
+            }
+            prop_assert_eq!(notes.needs().err(), Some(now).filter(|n| *n > 0));
+            held.iter().for_each(|h| notes.give(h.0));
+            let needs = notes.needs().unwrap();
+            let (offsets, all) = needs.layout();
+            prop_assert!((most..=2 * most).contains(&all), "{} for {}", all, most);
+            for (i, a) in needs.0.iter().enumerate() {
+                prop_assert!(offsets[i] + a.bytes <= all && offsets[i].is_multiple_of(512));
+                for (j, b) in needs.0.iter().enumerate().skip(i + 1) {
+                    let together = a.from < b.to && b.from < a.to;
+                    let apart = offsets[i] + a.bytes <= offsets[j] || offsets[j] + b.bytes <= offsets[i];
+                    prop_assert!(!together || apart, "{:?} at {} and {:?} at {}", a, offsets[i], b, offsets[j]);
+                }
+            }
+        }
+    }
+}
