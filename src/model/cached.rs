@@ -18,10 +18,10 @@ use std::collections::btree_map::Entry;
 use std::ops::Range;
 
 /// Rows of whole prompts that are read at once: bounds what their activations take, at little loss of speed.
-const ROWS_AT_ONCE: usize = 1 << 10;
+const ROWS_AT_ONCE: usize = 1 << 11;
 
 /// Tokens whose chunks are compressed at once, for the same reason.
-const COMPRESSED_AT_ONCE: usize = 1 << 10;
+const COMPRESSED_AT_ONCE: usize = 1 << 11;
 
 /// A text to be read from its beginning.
 #[derive(Clone, Copy, Debug)]
@@ -69,11 +69,11 @@ impl Cat {
         }
         match parts.is_empty() {
             true => Tensor::zeros(&[0, c.vocab_rows()], self.output.dtype(), self.device()),
-            false => in_order(&parts, &order),
+            false => no_grad(|| self.last_logits(&in_order(&parts, &order)?)),
         }
     }
 
-    /// Prompts of n tokens each.
+    /// Prompts of n tokens each: the last block's row of each that predicts its next token, `[prompts, D]`.
     fn read_prompts(&self, cache: &mut Cache, prompts: &[&Prompt], chunk: usize, n: usize) -> Result<Tensor> {
         let c = self.config();
         let b = prompts.len();
@@ -136,7 +136,7 @@ impl Cat {
             (text.chunk, text.tokens) = (chunk, n);
             text.pending = n.checked_rem(chunk).map_or(vec![], |tail| p.ids[n - tail..].to_vec());
         }
-        self.last_logits(&h)
+        h.reshape(&[b, c.decoder.dim])
     }
 
     /// Append one token to each of some texts: the logits of their next, `[texts, V]`. Tokens that cannot be appended leave

@@ -157,7 +157,7 @@ impl Cat {
             plan => (ops::embedding(ids, &self.wte)?, self.token_pass(plan, n)?),
         };
         pass.recompute = options.recompute;
-        self.decoder.forward(&x, &pass)
+        self.decoder.forward(x, &pass)
     }
 
     /// A pass over plain tokens at positions `0..n` (dense models and `cat_layer` ones).

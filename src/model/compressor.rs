@@ -105,10 +105,11 @@ impl Compressor {
         parts.push(tokens);
         let (header, len) = (self.header(), self.header() + chunk);
         let x = reshape(&concat(&parts.iter().collect::<Vec<_>>(), 2)?, &[b * k, len, d])?;
+        drop(parts);
         let mut pass = Pass::new(rope, Mask::Bidirectional);
         pass.keep = Some((header..len).collect());
         pass.recompute = recompute;
-        reshape(&self.stack.forward(&x, &pass)?, &[b, k, chunk * d])
+        reshape(&self.stack.forward(x, &pass)?, &[b, k, chunk * d])
     }
 
     pub fn collect<'a>(&'a mut self, out: &mut Vec<&'a mut Param>) {

@@ -149,9 +149,10 @@ impl FeedForward {
             proj: b.param("proj.weight", &[d, m], residual_init(d, c.n_layer))?,
         })
     }
-    fn forward(&self, x: &Var) -> Result<Var> {
-        let [gate, up] = ops::linear_pair(x, [&self.fc_1, &self.fc_2])?;
-        ops::swiglu_linear(&gate, &up, &self.proj)
+    fn forward(&self, x: Var) -> Result<Var> {
+        let [gate, up] = ops::linear_pair(&x, [&self.fc_1, &self.fc_2])?;
+        drop(x);
+        ops::swiglu_linear(gate, up, &self.proj)
     }
 }
 
@@ -226,22 +227,23 @@ impl Stack {
 
     /// x `[B, L, D]` -> the normed output `[B, L', D]`, L' = L or the number of kept rows.
     ///
-    /// Each norm is fused with the residual add before it, so blocks hand on the pair (normed, residual stream).
-    pub fn forward(&self, x: &Var, pass: &Pass) -> Result<Var> {
-        let Some(first) = self.blocks.first() else { return self.norm.forward(x) };
-        let (mut n, mut h) = (first.attention_norm.forward(x)?, x.clone());
+    /// Each norm is fused with the residual add before it, so blocks hand on the pair (normed, residual stream). They take it by
+    /// value: nobody holds it longer than needed.
+    pub fn forward(&self, x: Var, pass: &Pass) -> Result<Var> {
+        let Some(first) = self.blocks.first() else { return self.norm.forward(&x) };
+        let (mut n, mut h) = (first.attention_norm.forward(&x)?, x);
         for (i, block) in self.blocks.iter().enumerate() {
             let last = i + 1 == self.blocks.len();
             let next = self.blocks.get(i + 1).map_or(&self.norm, |b| &b.attention_norm);
             if pass.recompute {
                 let (block, next, pass) = (block.clone(), next.clone(), pass.clone());
                 let out = recompute(&[&n, &h], move |v| {
-                    let (n, h) = block.forward(&v[0], &v[1], &next, &pass, last)?;
+                    let (n, h) = block.forward(v[0].clone(), v[1].clone(), &next, &pass, last)?;
                     Ok(vec![n, h])
                 })?;
                 (n, h) = (out[0].clone(), out[1].clone());
             } else {
-                (n, h) = block.forward(&n, &h, next, pass, last)?;
+                (n, h) = block.forward(n, h, next, pass, last)?;
             }
         }
         Ok(n)
@@ -263,14 +265,16 @@ impl Stack {
 
 impl Block {
     /// (normed, residual) -> the same pair for `next`, the norm that follows.
-    fn forward(&self, n: &Var, h: &Var, next: &Norm, pass: &Pass, last: bool) -> Result<(Var, Var)> {
+    fn forward(&self, n: Var, h: Var, next: &Norm, pass: &Pass, last: bool) -> Result<(Var, Var)> {
         let keep = if last { pass.keep.as_deref() } else { None };
         let a = match &self.mixer {
-            Mixer::Dense(a) => a.forward(n, &pass.rope, pass.mask, keep)?,
-            Mixer::Cat(c) => kept(&c.forward(n, pass)?, keep)?,
+            Mixer::Dense(a) => a.forward(&n, &pass.rope, pass.mask, keep)?,
+            Mixer::Cat(c) => kept(&c.forward(&n, pass)?, keep)?,
         };
-        let (n, h) = self.ffn_norm.add_forward(&kept(h, keep)?, &a)?;
-        let f = self.feed_forward.forward(&n)?;
+        drop(n);
+        let (n, h) = self.ffn_norm.add_forward(&kept(&h, keep)?, &a)?;
+        drop(a);
+        let f = self.feed_forward.forward(n)?;
         next.add_forward(&h, &f)
     }
 

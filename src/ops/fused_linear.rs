@@ -5,7 +5,8 @@
 
 use super::elementwise::{same_device, same_dtype};
 use super::matmul::gemm;
-use super::{add, linear, linear_pair, rms_norm, swiglu};
+use super::swiglu::gated;
+use super::{add, linear, linear_pair, rms_norm};
 use crate::autograd::{Var, no_grad};
 use crate::tensor::Tensor;
 use crate::{Error, Result};
@@ -149,7 +150,8 @@ fn by_ops(x: &Tensor, map: FusedLinear) -> Result<Tensor> {
         let weight = constant(weight);
         if let Some(up) = up {
             let [gate, up] = linear_pair(&n, [&weight, &constant(up)])?;
-            return Ok(swiglu(&gate, &up)?.into_value());
+            drop(n);
+            return gated(gate.into_value(), up.into_value());
         }
         let start = match (residual, bias) {
             (Some(r), Some(b)) => Some(add(&Var::constant(r), &constant(b))?.into_value()),

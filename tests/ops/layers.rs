@@ -142,7 +142,7 @@ table! {
             let gated = Array { shape: x[0].shape.clone(), data: gated.collect() };
             gated.map_rows(|row| x[2].rows().map(|w| row.iter().zip(w).map(|(&a, &b)| a * b).sum()).collect())
         };
-        Case::one(inputs, |v| ops::swiglu_linear(&v[0], &v[1], &v[2]), formula).sums_as_stored()
+        Case::one(inputs, |v| ops::swiglu_linear(v[0].clone(), v[1].clone(), &v[2]), formula).sums_as_stored()
     };
     embedding, large [67, 131, 9, 40], |d| {
         let [v, width, a, b] = d.dims;

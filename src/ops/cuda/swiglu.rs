@@ -25,25 +25,31 @@ fn sizes(t: &Tensor) -> (usize, usize, usize, Grid) {
     (rows, width, parts, Grid::new((rows * parts).div_ceil(256), 256))
 }
 
-pub(crate) fn forward(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let mut y = Tensor::empty(gate.shape(), gate.dtype(), gate.device())?;
-    let [g, u] = flat([gate, up])?;
+/// In the place of the gate where nobody else has that.
+pub(crate) fn forward(gate: Tensor, up: Tensor) -> Result<Tensor> {
+    let y = place(&gate, gate.is_owner())?;
+    let [g, u] = flat([&gate, &up])?;
     let (rows, width, parts, grid) = sizes(&g);
     let variant = variant(OP, &[&g, &u])?;
     let (g_rows, u_rows) = (g.rows(OP)?.into(), u.rows(OP)?.into());
-    let args = [y.write()?, g.read()?, u.read()?, g_rows, u_rows, rows.into(), width.into(), parts.into()];
-    // SAFETY: the parameters are (y, gate, up, rows of gate, rows of up, rows, width, parts of a row); y is new and holds
-    // rows x width elements; the views' rows lie inside their tensors.
+    let args = [y.read()?, g.read()?, u.read()?, g_rows, u_rows, rows.into(), width.into(), parts.into()];
+    // SAFETY: the parameters are (y, gate, up, rows of gate, rows of up, rows, width, parts of a row); y holds rows x width
+    // elements, and is new, or gate's own, of whom nobody else knows: a thread has read what it writes over; the views' rows lie
+    // inside their tensors.
     unsafe { g.gpu()?.launch(kernel::swiglu, variant, grid.early(true), &args)? };
     Ok(y)
 }
 
-/// `(dgate, dup)` in the place of gate and up where nobody else has these, and if asked for, y in that of dy.
-pub(crate) fn backward(gate: Tensor, up: Tensor, dy: Tensor, again: bool) -> Result<(Tensor, Tensor, Option<Tensor>)> {
-    let place = |t: &Tensor, in_place| match in_place {
+/// This tensor's own memory, or new of its shape.
+fn place(t: &Tensor, in_place: bool) -> Result<Tensor> {
+    match in_place {
         true => Ok(t.clone()),
         false => Tensor::empty(t.shape(), t.dtype(), t.device()),
-    };
+    }
+}
+
+/// `(dgate, dup)` in the place of gate and up where nobody else has these, and if asked for, y in that of dy.
+pub(crate) fn backward(gate: Tensor, up: Tensor, dy: Tensor, again: bool) -> Result<(Tensor, Tensor, Option<Tensor>)> {
     let both = gate.is_owner() && up.is_owner();
     let (dgate, dup) = (place(&gate, both)?, place(&up, both)?);
     let y = if again { Some(place(&dy, dy.is_owner() && dy.is_contiguous())?) } else { None };
