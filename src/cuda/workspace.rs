@@ -21,13 +21,19 @@ struct Request {
 pub(crate) struct Needs(Vec<Request>);
 
 impl Needs {
-    /// Where each request may lie, apart from all that are held at the same time, and how many bytes that takes: the largest
-    /// first, each as low as it can.
+    /// Where each request may lie, apart from all that are held at the same time, and how many bytes that takes. No order of placing
+    /// them is the best always: the largest first, or those that are large for long.
     fn layout(&self) -> (Vec<usize>, usize) {
-        let mut by_size: Vec<usize> = (0..self.0.len()).collect();
-        by_size.sort_by_key(|&i| std::cmp::Reverse(self.0[i].bytes));
+        let by_size = self.placed(|r| r.bytes as u128);
+        let by_both = self.placed(|r| (r.bytes as u128).pow(2) * (r.to - r.from) as u128);
+        if by_both.1 < by_size.1 { by_both } else { by_size }
+    }
+    /// Those of the highest `rank` first, each as low as it can lie.
+    fn placed(&self, rank: impl Fn(&Request) -> u128) -> (Vec<usize>, usize) {
+        let mut order: Vec<usize> = (0..self.0.len()).collect();
+        order.sort_by_key(|&i| std::cmp::Reverse(rank(&self.0[i])));
         let (mut offsets, mut placed, mut all) = (vec![0; self.0.len()], Vec::<usize>::new(), 0);
-        for i in by_size {
+        for i in order {
             let Request { bytes, from, to } = self.0[i];
             let mut offset = 0;
             // in the order of their places, so the first gap that is large enough

@@ -66,7 +66,7 @@ impl CatLayer {
 
     pub fn forward(&self, x: &Var, pass: &Pass) -> Result<Var> {
         let (plan, rope) = layer_plan(pass)?;
-        let y = self.attention.forward(&self.sequence(x, plan)?, rope, plan.mask(), Some(&plan.outputs()))?;
+        let y = self.attention.forward(self.sequence(x, plan)?, rope, plan.mask(), Some(&plan.outputs()))?;
         ops::linear(&y, &self.final_proj, None)
     }
 

@@ -63,8 +63,9 @@ impl Compressor {
     /// Chunks of any texts, their embedded tokens `[R, C, Df]` and places `[R, Df]` -> `[R, D]`. Has no gradient.
     pub fn forward_chunks(&self, tokens: Tensor, place: Tensor, row: usize, sized: &Sized) -> Result<Tensor> {
         let &[r, chunk, d] = tokens.shape() else { return Err(Error::shape("chunks", format!("{:?}", tokens.shape()))) };
-        let (tokens, place) = (tokens.reshape(&[r, 1, chunk, d])?, place.reshape(&[r, 1, 1, d])?);
-        let rows = self.compress(tokens.into(), place.into(), row, sized.rope.clone(), false)?;
+        let [apart, places] = [tokens.reshape(&[r, 1, chunk, d])?, place.reshape(&[r, 1, 1, d])?];
+        drop((tokens, place));
+        let rows = self.compress(apart.into(), places.into(), row, sized.rope.clone(), false)?;
         fused_linear(&rows.value().reshape(&[r, chunk * d])?, FusedLinear::new(sized.projection.value()))
     }
     /// Embedded tokens of chunks and their places, as [`Compressor::forward_chunks`] takes them, for ids `[R, C]` and their numbers

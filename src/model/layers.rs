@@ -78,9 +78,10 @@ impl Attention {
     }
 
     /// x `[B, L, D]` -> q `[B, H, L, d]`, k and v `[B, Hkv, L, d]`, normed and turned.
-    fn qkv(&self, x: &Var, rope: &RopeTable) -> Result<[Var; 3]> {
+    fn qkv(&self, x: Var, rope: &RopeTable) -> Result<[Var; 3]> {
         let AttentionShape { heads, kv_heads, .. } = self.shape;
-        let joint = ops::linear(x, &self.wqkv, self.wqkv_bias.as_deref())?;
+        let joint = ops::linear(&x, &self.wqkv, self.wqkv_bias.as_deref())?;
+        drop(x);
         ops::qk_norm_rope(&joint, heads, kv_heads, self.norms(), rope)
     }
     pub(super) fn norms(&self) -> Option<QkNorm<'_>> {
@@ -88,9 +89,10 @@ impl Attention {
     }
 
     /// x `[B, L, D]` -> `[B, L', D]`: all rows, or those listed in `keep`.
-    pub fn forward(&self, x: &Var, rope: &RopeTable, mask: Mask, keep: Option<&[usize]>) -> Result<Var> {
+    pub fn forward(&self, x: Var, rope: &RopeTable, mask: Mask, keep: Option<&[usize]>) -> Result<Var> {
         let [q, k, v] = self.qkv(x, rope)?;
         let mixed = ops::attention(&q, &k, &v, mask, self.scale())?;
+        drop([q, k, v]);
         self.project(&mixed, keep)
     }
 
@@ -268,14 +270,13 @@ impl Block {
     fn forward(&self, n: Var, h: Var, next: &Norm, pass: &Pass, last: bool) -> Result<(Var, Var)> {
         let keep = if last { pass.keep.as_deref() } else { None };
         let a = match &self.mixer {
-            Mixer::Dense(a) => a.forward(&n, &pass.rope, pass.mask, keep)?,
+            Mixer::Dense(a) => a.forward(n, &pass.rope, pass.mask, keep)?,
             Mixer::Cat(c) => kept(&c.forward(&n, pass)?, keep)?,
         };
-        drop(n);
-        let (n, h) = self.ffn_norm.add_forward(&kept(&h, keep)?, &a)?;
-        drop(a);
+        let (n, sum) = self.ffn_norm.add_forward(&kept(&h, keep)?, &a)?;
+        drop((h, a));
         let f = self.feed_forward.forward(n)?;
-        next.add_forward(&h, &f)
+        next.add_forward(&sum, &f)
     }
 
     /// An empty cache for this block.
