@@ -4,7 +4,7 @@
 // backward: s again from the gate; dgate = dy up s (1 + g (1 - s)), dup = dy g s; and y again, unless `y` is null.
 //
 // gate, up, dy: rows of any stride, dense inside (halves of one projection too). y, dgate, dup: [rows, width] contiguous,
-// overwritten; dgate may lie where gate does, dup where up does, and backward's y where dy does. Saved for backward: gate and
+// overwritten; forward's y and dgate may lie where gate does, dup where up does, and backward's y where dy does. Saved for backward: gate and
 // up. A thread moves 16 bytes of each; tensors that lie in one piece come as one long row. Bytes that must move, for elements
 // of s bytes: forward 3 s, backward 5 s each, or 6 s with y.
 #include "rows.cuh"

@@ -281,15 +281,16 @@ impl Blas {
         if bytes == 0 {
             return Ok(0);
         }
-        match all.last() {
-            Some(last) if last.bytes() >= bytes => Ok(last.pointer()),
-            _ => {
-                let new = super::replay::outside(|| counted_as(Category::Other, || CudaBuffer::new(gpu, bytes)))?;
-                let pointer = new.pointer();
-                all.push(new);
-                Ok(pointer)
-            }
+        let last = all.last().map_or((0, 0), |last| (last.bytes(), last.pointer()));
+        if last.0 >= bytes {
+            return Ok(last.1);
         }
+        // by doubling, so that all of them are less than twice the largest
+        let size = bytes.max((2 * last.0).min(MOST_WORKSPACE));
+        let new = super::replay::outside(|| counted_as(Category::Other, || CudaBuffer::new(gpu, size)))?;
+        let pointer = new.pointer();
+        all.push(new);
+        Ok(pointer)
     }
     /// The library's choice for such a product, asked for once; `None` where it has none.
     fn algorithm(

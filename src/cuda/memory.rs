@@ -230,7 +230,7 @@ impl Drop for CudaBuffer {
         match &self.home {
             Home::Pool => {}
             Home::Noted(notes, number) => notes.give(*number),
-            Home::Lent(lender) => return lender.give(),
+            Home::Lent(lender, number) => return lender.give(*number),
         }
         self.gpu.memory.give(self.counted, self.category);
         if self.gpu.bind().is_ok() {

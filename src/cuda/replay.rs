@@ -33,7 +33,7 @@ enum Current {
 pub(super) enum Home {
     Pool,
     Noted(Arc<Notes>, usize),
-    Lent(Arc<Lender>),
+    Lent(Arc<Lender>, usize),
 }
 
 /// A request of this thread: where it is served, and the address if that is not the pool.
@@ -41,7 +41,10 @@ pub(super) fn request(bytes: usize) -> Result<(Home, Option<u64>)> {
     CURRENT.with_borrow(|c| match c {
         None => Ok((Home::Pool, None)),
         Some(Current::Noting(notes)) => Ok((Home::Noted(notes.clone(), notes.take(bytes)), None)),
-        Some(Current::Capturing(_, lender)) => lender.take(bytes).map(|at| (Home::Lent(lender.clone()), Some(at))),
+        Some(Current::Capturing(_, lender)) => {
+            let (number, at) = lender.take(bytes)?;
+            Ok((Home::Lent(lender.clone(), number), Some(at)))
+        }
     })
 }
 
@@ -119,22 +122,30 @@ impl Workspace {
         // other threads, and this one elsewhere, may do as they like
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         check(gpu.ordinal, "capture work", stream.begin_capture(mode))?;
-        let done = within(Current::Capturing(stream.clone(), lender.clone()), work);
+        let done = within(Current::Capturing(stream.clone(), lender.clone()), work).and_then(|()| lender.done());
         // SAFETY: the stream captures since the call above; ending that is due whatever came of the work.
-        let graph = unsafe { result::stream::end_capture(stream.cu_stream()) };
+        let graph = unsafe { result::stream::end_capture(stream.cu_stream()) }.map(Captured);
         done?;
-        lender.done()?;
         let graph = check(gpu.ordinal, "capture work", graph)?;
-        if graph.is_null() {
+        if graph.0.is_null() {
             return Err(Error::Device { device: format!("cuda:{}", gpu.ordinal), detail: "nothing was captured".into() });
         }
-        // SAFETY: the graph is whole, and destroyed once, here: what is instantiated does not need it.
-        let whole = unsafe {
-            let whole = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
-            let _ = result::graph::destroy(graph);
-            check(gpu.ordinal, "prepare captured work", whole)?
-        };
+        // SAFETY: the graph is whole, and not needed afterwards.
+        let whole = unsafe { result::graph::instantiate(graph.0, sys::CUgraphInstantiate_flags(0)) };
+        let whole = check(gpu.ordinal, "prepare captured work", whole)?;
         Ok(Replay { whole, workspace: self.clone() })
+    }
+}
+
+/// A graph as it was captured.
+struct Captured(sys::CUgraph);
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        if !self.0.is_null() {
+            // SAFETY: destroyed once, here.
+            let _ = unsafe { result::graph::destroy(self.0) };
+        }
     }
 }
 

@@ -6,7 +6,6 @@ use super::memory::CudaBuffer;
 use super::replay::outside;
 use crate::{Error, Result};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// Memory that a work asked for: bytes, and when it took and gave them back, in numbers of such events.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -83,50 +82,55 @@ impl Notes {
 pub(super) struct Lender {
     gpu: &'static Gpu,
     base: u64,
-    requests: Vec<Request>,
+    bytes: Vec<usize>,
     offsets: Vec<usize>,
-    next: AtomicUsize,
-    held: AtomicUsize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Requests so far.
+    asked: usize,
+    /// Those that are held.
+    held: Vec<usize>,
 }
 
 impl Lender {
     pub fn new(block: &CudaBuffer, needs: &Needs) -> Result<Self> {
-        let (offsets, bytes) = needs.layout();
-        let lender = Self {
-            gpu: block.gpu(),
-            base: block.pointer(),
-            requests: needs.0.clone(),
-            offsets,
-            next: AtomicUsize::new(0),
-            held: AtomicUsize::new(0),
-        };
-        match bytes <= block.bytes() {
+        let (offsets, all) = needs.layout();
+        let bytes = needs.0.iter().map(|r| r.bytes).collect();
+        let lender = Self { gpu: block.gpu(), base: block.pointer(), bytes, offsets, state: Mutex::default() };
+        match all <= block.bytes() {
             true => Ok(lender),
-            false => Err(lender.refused(format!("a work needs {bytes} bytes of a workspace of {}", block.bytes()))),
+            false => Err(lender.refused(format!("a work needs {all} bytes of a workspace of {}", block.bytes()))),
         }
     }
-    /// Errors where this is not what the work has asked for before.
-    pub fn take(&self, bytes: usize) -> Result<u64> {
-        let number = self.next.fetch_add(1, Relaxed);
-        match self.requests.get(number) {
-            Some(r) if r.bytes == bytes => {
-                self.held.fetch_add(1, Relaxed);
-                Ok(self.base + self.offsets[number] as u64)
-            }
-            other => {
-                let expected = other.map_or("none".into(), |r| format!("one of {} bytes", r.bytes));
-                Err(self.refused(format!(
-                    "request {number} of a captured work is of {bytes} bytes, where {expected} was before"
-                )))
-            }
+    /// The number and the address of the next request. Errors where it is not what the work has asked for before, or where
+    /// something is still held that was given back before: which of two pieces goes first may depend on where they lie.
+    pub fn take(&self, bytes: usize) -> Result<(usize, u64)> {
+        let State { asked, held } = &mut *self.state.lock().unwrap_or_else(|e| e.into_inner());
+        let number = *asked;
+        *asked += 1;
+        if self.bytes.get(number) != Some(&bytes) {
+            let before = self.bytes.get(number).map_or("none".into(), |n| format!("one of {n} bytes"));
+            let detail = format!("request {number} of a captured work is of {bytes} bytes, where {before} was before");
+            return Err(self.refused(detail));
         }
+        let run = |i: usize| self.offsets[i]..self.offsets[i] + self.bytes[i];
+        let new = run(number);
+        if let Some(&other) = held.iter().find(|&&i| run(i).start < new.end && new.start < run(i).end) {
+            let detail = format!("request {number} of a captured work lies where request {other} is still held");
+            return Err(self.refused(detail));
+        }
+        held.push(number);
+        Ok((number, self.base + new.start as u64))
     }
-    pub fn give(&self) {
-        self.held.fetch_sub(1, Relaxed);
+    pub fn give(&self, number: usize) {
+        self.state.lock().unwrap_or_else(|e| e.into_inner()).held.retain(|&i| i != number);
     }
     /// Errors where the work has kept something.
     pub fn done(&self) -> Result<()> {
-        match self.held.load(Relaxed) {
+        match self.state.lock().unwrap_or_else(|e| e.into_inner()).held.len() {
             0 => Ok(()),
             n => Err(self.refused(format!("a captured work has kept {n} pieces of its workspace: take them outside"))),
         }

@@ -128,7 +128,7 @@ mod runs {
             } else {
                 // a step that fills the chunks of some has to be told
                 let logits = model.step(&mut self.cache, &next)?;
-                let steps = model.steps_ahead(&mut self.cache, &texts)?.min(left - 1).min(MOST_STEPS - 1);
+                let steps = model.steps_ahead(&mut self.cache, &texts)?.min(left - 1);
                 (First::Logits(logits), steps, steps + 1)
             };
             let known = matches!(first, First::Known(_));

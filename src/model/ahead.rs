@@ -3,7 +3,7 @@
 
 use super::cache::{Cache, Text, TextId, layer_rows_at, rows_at};
 use super::cat::Cat;
-use super::compressor::Sized;
+use super::compressor::ForChunks;
 use super::config::ModelType;
 use super::kv_cache::{CachedPass, LayerPass};
 use super::layers::Pass;
@@ -42,7 +42,7 @@ pub(crate) struct Ahead {
     limit: usize,
     table: RopeTable,
     room: Room,
-    /// Of all kinds of steps, once all ran.
+    /// Of all kinds of steps that ran.
     workspace: Option<Workspace>,
     /// What cannot be captured is submitted kernel by kernel.
     plain: bool,
@@ -54,7 +54,7 @@ pub(crate) struct Ahead {
 /// What steps that fill chunks need beside.
 #[derive(Debug)]
 struct Fill {
-    sized: Sized,
+    sized: ForChunks,
     /// Angles of the new rows, `header` a text.
     rope: RopeTable,
 }
@@ -161,7 +161,7 @@ impl Cat {
             let mut ahead = match before.filter(fits) {
                 Some(ahead) => ahead,
                 None => {
-                    let fill = |(sized, c): (Sized, Chunking)| -> Result<_> {
+                    let fill = |(sized, c): (ForChunks, Chunking)| -> Result<_> {
                         let positions: Vec<usize> = (0..rows.len()).flat_map(|_| 0..c.header).collect();
                         Ok((Fill { sized, rope: table.select(&positions)? }, Work::default()))
                     };
@@ -191,13 +191,22 @@ impl Cat {
         })
     }
 
-    /// Submit a step; once all kinds of steps ran, it is captured if that is `wanted`.
+    /// Submit a step; where its kind ran before, it is captured if that is `wanted`.
     fn submit(&self, cache: &mut Cache, ahead: &mut Ahead, fills: bool, wanted: bool) -> Result<()> {
-        let needs: Option<Vec<&Needs>> = ahead.works().map(|w| w.needs.as_ref()).collect();
-        if let Some(needs) = needs.filter(|_| wanted && ahead.workspace.is_none()) {
-            ahead.workspace = Some(Workspace::new(self.output.value().gpu()?, &needs)?);
+        if ahead.works().nth(usize::from(fills)).is_some_and(|w| w.needs.is_none()) {
+            // What it needs joins what others do, so those are captured again. Meanwhile nothing is held for them.
+            if ahead.works().any(|w| w.graph.is_some()) {
+                self.output.value().gpu()?.synchronize()?;
+            }
+            ahead.forget_graphs();
+        } else if wanted && !ahead.plain && ahead.workspace.is_none() {
+            let needs: Vec<&Needs> = ahead.works().filter_map(|w| w.needs.as_ref()).collect();
+            match Workspace::new(self.output.value().gpu()?, &needs) {
+                Ok(workspace) => ahead.workspace = Some(workspace),
+                Err(e) => ahead.give_up(&e),
+            }
         }
-        let Ahead { steps, greedy, limit, table, room, workspace, plain, open, fill } = ahead;
+        let Ahead { steps, greedy, limit, table, room, workspace, plain, open, fill } = &mut *ahead;
         let (room, how) = (*room, (*limit, *greedy));
         let (fill, work) = match fill {
             Some((fill, work)) if fills => (Some(&*fill), work),
@@ -207,6 +216,7 @@ impl Cat {
             Some(fill) => self.filling_step(cache, room, steps, fill, how),
             None => self.open_step(cache, room, steps, table, how),
         };
+        let mut refused = None;
         if let (Work { needs: Some(needs), graph: graph @ None }, Some(workspace)) = (&mut *work, workspace)
             && wanted
             && !*plain
@@ -216,19 +226,19 @@ impl Cat {
             // and this cache.
             match unsafe { workspace.capture(needs, &mut step) } {
                 Ok(captured) => *graph = Some(captured),
-                Err(e) => {
-                    tracing::warn!("a step of decoding cannot be captured, so its kernels are submitted one by one: {e}");
-                    *plain = true;
-                }
+                Err(e) => refused = Some(e),
             }
         }
-        match &mut work.graph {
+        let submitted = match &mut work.graph {
             Some(graph) => graph.submit(),
-            None => {
-                work.needs = Some(noted(step)?);
-                Ok(())
-            }
+            None => noted(step).map(|needs| {
+                work.needs.get_or_insert(needs);
+            }),
+        };
+        if let Some(e) = refused {
+            ahead.give_up(&e);
         }
+        submitted
     }
 
     /// A step by what `steps` says.
@@ -270,13 +280,17 @@ impl Cat {
         })?;
         let d = fx.dim(1);
         let x = match self.separator_rows(r)? {
-            Some(separator) => concat_tensors(&[&fx.reshape(&[r, 1, d])?, separator.value()], 1)?,
-            None => fx,
+            Some(separator) => {
+                let both = concat_tensors(&[&fx.reshape(&[r, 1, d])?, separator.value()], 1)?;
+                drop(fx);
+                both.reshape(&[1, header * r, d])?
+            }
+            None => fx.reshape(&[1, header * r, d])?,
         };
         let mut pass = Pass::new(fill.rope.clone(), Mask::Causal);
         pass.keep = (header > 1).then(|| (0..r).map(|i| header * i + header - 1).collect());
         let cached = CachedPass { rows, prompt: false, layer: None };
-        let h = self.decoder.forward_cached(x.reshape(&[1, header * r, d])?, &pass, &mut cache.layers, &cached)?;
+        let h = self.decoder.forward_cached(x, &pass, &mut cache.layers, &cached)?;
         steps.choose(&self.last_logits(&h)?, limit, greedy)
     }
 
@@ -307,8 +321,21 @@ impl Cat {
 }
 
 impl Ahead {
+    /// Of steps inside a chunk, and of those that fill one.
     fn works(&self) -> impl Iterator<Item = &Work> {
         std::iter::once(&self.open).chain(self.fill.iter().map(|(_, work)| work))
+    }
+    fn forget_graphs(&mut self) {
+        self.open.graph = None;
+        if let Some((_, work)) = &mut self.fill {
+            work.graph = None;
+        }
+        self.workspace = None;
+    }
+    /// Capture nothing any more.
+    fn give_up(&mut self, e: &Error) {
+        tracing::warn!("a step of decoding cannot be captured, so its kernels are submitted one by one: {e}");
+        self.plain = true;
     }
     /// The new tokens of a run, `[n, R]`, n counting one more step with [`First::Logits`]; waits for them.
     pub fn tokens(&self, n: usize) -> Result<Vec<i64>> {
@@ -326,5 +353,43 @@ impl Cache {
             text.pending.drain(..text.pending.len() - tail);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{CacheFormat, ModelConfig, Prompt, TransformerConfig};
+    use crate::tensor::Device;
+
+    /// Results cannot show whether steps are captured: this does.
+    #[test]
+    fn all_kinds_of_steps_are_captured() {
+        let cuda = Device::Cuda(0);
+        if let Err(e) = cuda.check() {
+            return eprintln!("skipped: {e}");
+        }
+        for model_type in [ModelType::CatAdaptive, ModelType::Cat, ModelType::Transformer] {
+            let chunked = model_type != ModelType::Transformer;
+            let config = ModelConfig {
+                model_type,
+                chunk_size: chunked.then_some(4),
+                compressor: chunked.then(|| TransformerConfig::new(64, 1, 1, true)),
+                ..ModelConfig::dense(256, 64, TransformerConfig::new(64, 1, 2, true))
+            };
+            let m = Cat::new(config, 3).unwrap().to_device(cuda).unwrap();
+            let size = m.cache_size(None, 6, 60).unwrap();
+            let mut cache = m.cache(size + size, CacheFormat::Plain).unwrap();
+            let texts = [cache.reserve(size).unwrap(), cache.reserve(size).unwrap()];
+            let prompts = texts.map(|text| Prompt { text, ids: &[1, 2, 3, 4, 5, 6], chunk_size: None });
+            m.prefill(&mut cache, &prompts).unwrap();
+            let rows = texts.map(|text| AheadRow { text, how: Sampling::default(), key: 0, number: 0 });
+            let n = m.steps_ahead(&mut cache, &texts).unwrap();
+            assert_eq!(n, MOST_STEPS);
+            let ahead = m.run_ahead(&mut cache, None, &rows, (First::Known(vec![7, 8]), n, 256, true)).unwrap();
+            assert_eq!(ahead.tokens(n).unwrap().len(), 2 * n);
+            assert_eq!(ahead.works().count(), if chunked { 2 } else { 1 });
+            assert!(!ahead.plain && ahead.works().all(|w| w.graph.is_some()), "{model_type:?}: {ahead:?}");
+        }
     }
 }

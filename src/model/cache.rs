@@ -5,7 +5,7 @@
 //! any lengths and chunk sizes share a cache, and what one leaves the next may take.
 
 use super::cat::Cat;
-use super::compressor::Sized;
+use super::compressor::ForChunks;
 use super::config::{LayerType, ModelConfig, ModelType};
 use super::kv_cache::{CacheFormat, LayerCache};
 use super::plan::ChunkPlan;
@@ -91,7 +91,7 @@ pub struct Cache {
     rope: RopeTable,
     /// What the compressor needs for a chunk size: computed once, not for every chunk that fills. Forgotten when a text is read
     /// from its beginning, since weights may have changed before that.
-    pub(super) sized: BTreeMap<usize, Sized>,
+    pub(super) sized: BTreeMap<usize, ForChunks>,
 }
 
 impl Cat {

@@ -4,7 +4,7 @@
 
 use super::cache::{Cache, Text, TextId, check_ids, in_order, layer_rows_at, plan_of, rows_at};
 use super::cat::{Cat, Chunks};
-use super::compressor::{Compressor, Sized};
+use super::compressor::{Compressor, ForChunks};
 use super::config::{LayerType, ModelType};
 use super::kv_cache::{CachedPass, FullChunks, LayerPass};
 use super::layers::Pass;
@@ -239,7 +239,7 @@ impl Cat {
     }
 
     /// What the compressor needs for chunks of this size.
-    pub(super) fn sized(&self, cache: &mut Cache, chunk: usize) -> Result<Sized> {
+    pub(super) fn sized(&self, cache: &mut Cache, chunk: usize) -> Result<ForChunks> {
         let Some(chunks) = &self.chunks else { return Err(Error::config("a dense model has no chunks")) };
         Ok(match cache.sized.entry(chunk) {
             Entry::Occupied(known) => known.get().clone(),
@@ -257,7 +257,7 @@ impl Cat {
     /// some of them.
     pub(super) fn compressed(
         &self,
-        sized: &Sized,
+        sized: &ForChunks,
         chunk: usize,
         r: usize,
         embedded: impl Fn(&Compressor, Range<usize>) -> Result<[Tensor; 2]>,

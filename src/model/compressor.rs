@@ -24,7 +24,7 @@ pub struct Compressor {
 
 /// What chunks of one size need beside weights, computed once.
 #[derive(Clone, Debug)]
-pub struct Sized {
+pub struct ForChunks {
     projection: Var,
     pub rope: RopeTable,
 }
@@ -61,7 +61,7 @@ impl Compressor {
         ops::linear(&self.compress(tokens, place, row, rope, recompute)?, &self.projection(chunk)?, None)
     }
     /// Chunks of any texts, their embedded tokens `[R, C, Df]` and places `[R, Df]` -> `[R, D]`. Has no gradient.
-    pub fn forward_chunks(&self, tokens: Tensor, place: Tensor, row: usize, sized: &Sized) -> Result<Tensor> {
+    pub fn forward_chunks(&self, tokens: Tensor, place: Tensor, row: usize, sized: &ForChunks) -> Result<Tensor> {
         let &[r, chunk, d] = tokens.shape() else { return Err(Error::shape("chunks", format!("{:?}", tokens.shape()))) };
         let [apart, places] = [tokens.reshape(&[r, 1, chunk, d])?, place.reshape(&[r, 1, 1, d])?];
         drop((tokens, place));
@@ -79,8 +79,8 @@ impl Compressor {
         [self.wte.value(), self.pos_tokens.value()]
     }
     /// What chunks of one size need beside weights.
-    pub fn sized(&self, chunk: usize) -> Result<Sized> {
-        Ok(Sized { projection: self.projection(chunk)?, rope: self.rope(chunk)? })
+    pub fn sized(&self, chunk: usize) -> Result<ForChunks> {
+        Ok(ForChunks { projection: self.projection(chunk)?, rope: self.rope(chunk)? })
     }
     /// What maps a chunk's C output rows to its representation, `[D, C Df]`: the model's, or resized to C.
     fn projection(&self, chunk: usize) -> Result<Var> {

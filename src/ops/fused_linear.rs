@@ -151,7 +151,7 @@ fn by_ops(x: &Tensor, map: FusedLinear) -> Result<Tensor> {
         if let Some(up) = up {
             let [gate, up] = linear_pair(&n, [&weight, &constant(up)])?;
             drop(n);
-            return gated(gate.into_value(), up.into_value());
+            return gated(gate.into_value(), up.value());
         }
         let start = match (residual, bias) {
             (Some(r), Some(b)) => Some(add(&Var::constant(r), &constant(b))?.into_value()),

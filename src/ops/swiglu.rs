@@ -14,7 +14,7 @@ use crate::{Error, Result, profile};
 pub fn swiglu(gate: &Var, up: &Var) -> Result<Var> {
     let (g, u) = (gate.value().clone(), up.value().clone());
     let bytes = g.numel() * g.dtype().size();
-    let y = gated(g.clone(), u.clone())?;
+    let y = gated(g.clone(), &u)?;
     let (g_again, u_again) = (g.clone(), u.clone());
     let mut y = record_one("swiglu", &[gate, up], y, move |flow| {
         let dy = flow.output()?;
@@ -24,7 +24,7 @@ pub fn swiglu(gate: &Var, up: &Var) -> Result<Var> {
         flow.give(1, dup)
     });
     compute_again(std::slice::from_mut(&mut y), move || {
-        let y = on_device!(g_again.device(), swiglu::forward(g_again.clone(), u_again.clone()))?;
+        let y = on_device!(g_again.device(), swiglu::forward(g_again.clone(), &u_again))?;
         profile::moved(3 * bytes);
         Ok(vec![y])
     });
@@ -32,8 +32,8 @@ pub fn swiglu(gate: &Var, up: &Var) -> Result<Var> {
 }
 
 /// The gated product, on CUDA in the place of the gate where nobody else has that.
-pub(crate) fn gated(gate: Tensor, up: Tensor) -> Result<Tensor> {
-    same_dtype("swiglu", &[&gate, &up])?;
+pub(crate) fn gated(gate: Tensor, up: &Tensor) -> Result<Tensor> {
+    same_dtype("swiglu", &[&gate, up])?;
     if gate.shape() != up.shape() {
         return Err(Error::shape("swiglu", format!("gate {:?} and up {:?} differ", gate.shape(), up.shape())));
     }
@@ -55,9 +55,13 @@ pub fn swiglu_linear(gate: Var, up: Var, weight: &Var) -> Result<Var> {
     if !(is_recording() && of_gate && of_up && weight.has_gradient()) {
         let hidden = match of_gate || of_up {
             true => swiglu(&gate, &up)?,
-            false => Var::constant(gated(gate.into_value(), up.into_value())?),
+            false => Var::constant(gated(gate.into_value(), up.value())?),
         };
-        return super::linear(&hidden, weight, None);
+        // up is given back with the gate, not before: of a pair of products either may be the one that was asked for first, which
+        // captured work must not depend on
+        let y = super::linear(&hidden, weight, None);
+        drop((hidden, up));
+        return y;
     }
     let (g, u, w) = (gate.value(), up.value(), weight.value());
     same_dtype(OP, &[g, u, w])?;
@@ -65,7 +69,7 @@ pub fn swiglu_linear(gate: Var, up: Var, weight: &Var) -> Result<Var> {
         let detail = format!("gate {:?}, up {:?} and weight {:?} [out, in]", g.shape(), u.shape(), w.shape());
         return Err(Error::shape(OP, detail));
     }
-    let hidden = on_device!(g.device(), swiglu::forward(g.clone(), u.clone()))?;
+    let hidden = on_device!(g.device(), swiglu::forward(g.clone(), u))?;
     let bytes = g.numel() * g.dtype().size();
     profile::moved(3 * bytes);
     let (i, o, mut shape) = (w.dim(1), w.dim(0), g.shape().to_vec());

@@ -6,7 +6,7 @@ use crate::tensor::{Float, Real, Tensor};
 use crate::{Result, with_float};
 use rayon::prelude::*;
 
-pub(crate) fn forward(gate: Tensor, up: Tensor) -> Result<Tensor> {
+pub(crate) fn forward(gate: Tensor, up: &Tensor) -> Result<Tensor> {
     with_float!(gate.dtype(), "swiglu", T => {
         let (gate, up) = (gate.dense_rows()?, up.dense_rows()?);
         let d = gate.last_dim();

@@ -26,9 +26,9 @@ fn sizes(t: &Tensor) -> (usize, usize, usize, Grid) {
 }
 
 /// In the place of the gate where nobody else has that.
-pub(crate) fn forward(gate: Tensor, up: Tensor) -> Result<Tensor> {
+pub(crate) fn forward(gate: Tensor, up: &Tensor) -> Result<Tensor> {
     let y = place(&gate, gate.is_owner())?;
-    let [g, u] = flat([&gate, &up])?;
+    let [g, u] = flat([&gate, up])?;
     let (rows, width, parts, grid) = sizes(&g);
     let variant = variant(OP, &[&g, &u])?;
     let (g_rows, u_rows) = (g.rows(OP)?.into(), u.rows(OP)?.into());
