@@ -162,7 +162,7 @@ mod tests {
         let [a, b] = [notes.take(1024), notes.take(1024)];
         notes.give(a);
         let c = notes.take(1024);
-        [b, c].map(|i| notes.give(i));
+        [b, c].into_iter().for_each(|i| notes.give(i));
         let needs = notes.needs().unwrap();
         assert_eq!(needs.layout().1, 2048);
         let lender = || Lender::of(0, 4096, 2048, &needs).unwrap();
