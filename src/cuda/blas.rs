@@ -131,6 +131,11 @@ struct Algorithm {
     workspace: usize,
 }
 
+/// True where the library is there.
+pub(crate) fn has_blas() -> bool {
+    Library::CublasLt.search().found.is_some()
+}
+
 struct Handle(sys::cublasLtHandle_t);
 // SAFETY: the library lets any thread use a handle.
 unsafe impl Send for Handle {}
@@ -182,7 +187,7 @@ impl Gpu {
     }
     /// Held while others submit work that uses the library's workspace: see [`Blas::submitting`]. None without the library.
     pub(super) fn blas_alone(&'static self) -> Result<Option<MutexGuard<'static, ()>>> {
-        if Library::CublasLt.search().found.is_none() {
+        if !has_blas() {
             return Ok(None);
         }
         Ok(Some(self.blas()?.submitting.lock().unwrap_or_else(|e| e.into_inner())))
@@ -197,7 +202,7 @@ impl Gpu {
     ///
     /// The matrices are of this device, as large as their sizes and strides say, and D overlaps neither A nor B.
     pub(crate) unsafe fn blas_product(&'static self, p: &Product) -> Result<bool> {
-        if Library::CublasLt.search().found.is_none() {
+        if !has_blas() {
             return Ok(false);
         }
         let blas = self.blas()?;
@@ -285,7 +290,7 @@ impl Blas {
         if last.0 >= bytes {
             return Ok(last.1);
         }
-        // by doubling, so that all of them are less than twice the largest
+        // by doubling, so that all of them together are not many times the largest
         let size = bytes.max((2 * last.0).min(MOST_WORKSPACE));
         let new = super::replay::outside(|| counted_as(Category::Other, || CudaBuffer::new(gpu, size)))?;
         let pointer = new.pointer();

@@ -19,7 +19,7 @@ mod tensor_map;
 mod workspace;
 
 pub use blas::{Gemm, gemm, set_gemm, set_tf32};
-pub(crate) use blas::{Kind, Matrix, Product};
+pub(crate) use blas::{Kind, Matrix, Product, has_blas};
 pub(crate) use copy::{Place, copy_elements, copy_strided};
 pub use gpu::{Gpu, Stopwatch, device_count, gpu};
 pub(crate) use launch::{Arg, Grid, Packs, View};

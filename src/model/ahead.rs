@@ -285,7 +285,11 @@ impl Cat {
                 drop(fx);
                 both.reshape(&[1, header * r, d])?
             }
-            None => fx.reshape(&[1, header * r, d])?,
+            None => {
+                let x = fx.reshape(&[1, header * r, d])?;
+                drop(fx);
+                x
+            }
         };
         let mut pass = Pass::new(fill.rope.clone(), Mask::Causal);
         pass.keep = (header > 1).then(|| (0..r).map(|i| header * i + header - 1).collect());
@@ -336,6 +340,9 @@ impl Ahead {
     fn give_up(&mut self, e: &Error) {
         tracing::warn!("a step of decoding cannot be captured, so its kernels are submitted one by one: {e}");
         self.plain = true;
+        if self.works().all(|w| w.graph.is_none()) {
+            self.workspace = None;
+        }
     }
     /// The new tokens of a run, `[n, R]`, n counting one more step with [`First::Logits`]; waits for them.
     pub fn tokens(&self, n: usize) -> Result<Vec<i64>> {
