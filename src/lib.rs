@@ -67,11 +67,18 @@
 //! architecture, the model, the files, training, testing and measuring.
 #![warn(missing_docs)]
 
+// what unit tests share with those of tests/ knows the crate by this name
+#[cfg(all(test, feature = "cuda"))]
+extern crate self as felid;
+
 pub mod autograd;
 pub mod bench;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod data;
+#[cfg(all(test, feature = "cuda"))]
+#[path = "../tests/common/devices.rs"]
+mod devices;
 mod error;
 pub mod eval;
 pub mod generate;

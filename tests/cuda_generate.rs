@@ -71,10 +71,7 @@ fn runs_give_the_tokens_of_single_steps() {
             let cache = if case % 3 == 2 { CacheFormat::Int8 } else { CacheFormat::Plain };
             let requests: Vec<Request> = (0..upto(3, draw)).map(|_| any_request(&m, draw)).collect();
             let requests = if alone { requests[..1].to_vec() } else { requests };
-            let want = outputs(&m, Decoding::Single, cache, &requests);
-            for decoding in [Decoding::Runs, Decoding::Graphs] {
-                assert_eq!(outputs(&m, decoding, cache, &requests), want, "{kind:?} {case} {decoding:?} {requests:?}");
-            }
+            check_decodings(&m, cache, &requests, &format!("{kind:?} {case}"));
         }
     }
 }
@@ -102,10 +99,7 @@ fn texts_in_step_fill_chunks_together() {
                 ..Request::new(ids(c, 1, n, draw.next_u64()).to_vec().unwrap(), c.block_size + 1 - n)
             };
             let requests: Vec<Request> = (0..1 + upto(6, draw)).map(|j| request(early && j % 3 == 2, draw)).collect();
-            let want = outputs(&m, Decoding::Single, cache, &requests);
-            for decoding in [Decoding::Runs, Decoding::Graphs] {
-                assert_eq!(outputs(&m, decoding, cache, &requests), want, "{kind:?} {case} {decoding:?} {requests:?}");
-            }
+            check_decodings(&m, cache, &requests, &format!("{kind:?} {case}"));
         }
     }
 }
@@ -117,6 +111,14 @@ fn generator(m: &Cat, decoding: Decoding, cache: CacheFormat) -> Generator {
 
 fn outputs(m: &Cat, decoding: Decoding, cache: CacheFormat, requests: &[Request]) -> Vec<Output> {
     generator(m, decoding, cache).run(requests.to_vec()).unwrap()
+}
+
+/// Runs, captured or not, give what single steps give.
+fn check_decodings(m: &Cat, cache: CacheFormat, requests: &[Request], case: &str) {
+    let want = outputs(m, Decoding::Single, cache, requests);
+    for decoding in [Decoding::Runs, Decoding::Graphs] {
+        assert_eq!(outputs(m, decoding, cache, requests), want, "{case} {decoding:?} {requests:?}");
+    }
 }
 
 /// What is done while a run is under way counts from the next token on.
